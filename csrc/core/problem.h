@@ -1,0 +1,192 @@
+// One balance group, compiled from a placement, and the memory one solve of it needs.
+//
+// Ranks are numbered inside the group. Logical experts with one slot are "singles": their tokens are a_r. The others
+// are the "experts" of the LP, numbered 0 … n_experts-1; their slots are the "replicas" p, numbered expert by expert,
+// in slot order. design.md §2 has the LP in these letters.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "team.h"
+
+namespace lplb {
+
+inline constexpr int kPad = 8;
+constexpr int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
+
+inline constexpr int kMaxGroup = 128;  // ranks per group: two 64-bit words in a RankSet
+inline constexpr int kMaxIterations = 20;
+
+struct Group {
+  int n_ranks, n_padded, n_experts, n_replicas, n_singles;
+  int first_rank;                  // of the group, in the placement
+  bool unit_speed;                 // every v_r is 1
+  const int32_t* expert_begin;     // [n_experts + 1] first replica of an expert
+  const int32_t* expert_logical;   // [n_experts]
+  const int32_t* replica_rank;     // [n_replicas]
+  const int32_t* replica_expert;   // [n_replicas]
+  const int32_t* replica_slot;     // [n_replicas] physical expert
+  const int32_t* rank_begin;       // [n_ranks + 1] into rank_replica
+  const int32_t* rank_replica;     // [n_replicas] the replicas of a rank, ascending
+  const int32_t* single_begin;     // [n_ranks + 1] into single_*
+  const int32_t* single_logical;   // [n_singles]
+  const int32_t* single_slot;      // [n_singles] physical expert
+  const uint64_t* expert_ranks;    // [n_experts, 2] the ranks that hold an expert, as a set
+  const double* speed;             // [n_ranks] v_r
+};
+
+enum class Status : int32_t { solved = 0, iteration_limit = 1, numerical = 2 };
+enum class Solver : int32_t { ipm = 0, flow = 1 };
+
+// One row of the interior point's iteration table.
+struct IterationRow {
+  double primal, dual, gap, mu, step_primal, step_dual;
+};
+inline constexpr int kRowFields = 6;
+
+// What a solve says about one group.
+struct Result {
+  int64_t max_load;    // whole tokens; with speeds ⌈max load_r / v_r⌉
+  double lower_bound;  // tokens (per unit of speed)
+  double gap;          // (fractional objective - lower_bound) / lower_bound
+  int32_t iterations;
+  Status status;
+};
+
+// Where one solve works; every pointer has the size its Group asks for. Nothing is kept between solves.
+struct Workspace {
+  double *a, *u, *s, *du, *ds, *b, *kappa, *rhs;     // per rank, padded; rhs has two columns
+  double *w, *inv_sigma, *q;                         // per expert
+  double *on, *y, *z, *h, *dy, *dz, *extra;          // per replica
+  double *m, *inv_d;                                 // the matrix in the ranks
+  int64_t *tokens, *single_tokens, *rank_tokens, *rank_capacity;  // per expert; the others per rank
+  int64_t* quota;                                    // per replica
+  double *rank_load, *rank_limit;                    // per rank: the flow solver's fractional loads and capacities
+  uint64_t* reach;                                   // [n_ranks, 2] where a rank can send tokens at once
+};
+
+inline size_t carve(const Group& g, std::byte* base, Workspace* ws) {
+  size_t used = 0;
+  auto take = [&](auto*& pointer, size_t count) {
+    using T = std::remove_reference_t<decltype(*pointer)>;
+    if (base) pointer = reinterpret_cast<T*>(base + used);
+    used += (count * sizeof(T) + 63) / 64 * 64;
+  };
+  Workspace sized{};
+  Workspace& w = ws ? *ws : sized;
+  const size_t n = g.n_padded, e = g.n_experts, p = g.n_replicas, r = g.n_ranks;
+  for (auto* x : {&w.a, &w.u, &w.s, &w.du, &w.ds, &w.b, &w.kappa}) take(*x, n);
+  take(w.rhs, 2 * n);
+  for (auto* x : {&w.w, &w.inv_sigma, &w.q}) take(*x, e);
+  for (auto* x : {&w.on, &w.y, &w.z, &w.h, &w.dy, &w.dz, &w.extra}) take(*x, p);
+  take(w.m, n * n);
+  take(w.inv_d, n);
+  take(w.tokens, e);
+  take(w.single_tokens, r);
+  take(w.rank_tokens, r);
+  take(w.rank_capacity, r);
+  take(w.quota, p);
+  take(w.rank_load, r);
+  take(w.rank_limit, r);
+  take(w.reach, 2 * r);
+  return used;
+}
+
+// A placement cut into groups, with the memory behind every Group. The caller has checked the placement.
+class GroupTables {
+ public:
+  GroupTables(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
+              const std::vector<double>& speed);
+  int size() const { return static_cast<int>(groups_.size()); }
+  const Group& operator[](int i) const { return groups_[i]; }
+
+ private:
+  struct Storage {
+    std::vector<int32_t> expert_begin, expert_logical, replica_rank, replica_expert, replica_slot, rank_begin,
+        rank_replica, single_begin, single_logical, single_slot;
+    std::vector<uint64_t> expert_ranks;
+    std::vector<double> speed;
+  };
+  std::vector<Storage> storage_;
+  std::vector<Group> groups_;
+};
+
+inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
+                                const std::vector<double>& speed) {
+  const int slots = static_cast<int>(phy2log.size()) / n_ranks;
+  const int n_groups = n_ranks / group_size;
+  storage_.resize(n_groups);
+  groups_.resize(n_groups);
+  std::vector<std::vector<int32_t>> slots_of(n_logical);
+  for (size_t p = 0; p < phy2log.size(); ++p) slots_of[phy2log[p]].push_back(static_cast<int32_t>(p));
+
+  for (int g = 0; g < n_groups; ++g) {
+    Storage& t = storage_[g];
+    const int first_rank = g * group_size;
+    std::vector<std::vector<int32_t>> singles(group_size), replicas(group_size);
+    t.expert_begin.push_back(0);
+    for (int e = 0; e < n_logical; ++e) {
+      const auto& where = slots_of[e];
+      if (where.empty()) throw std::invalid_argument("logical expert " + std::to_string(e) + " has no slot");
+      if (where[0] / slots / group_size != g) continue;
+      if (where.size() == 1) {
+        singles[where[0] / slots - first_rank].push_back(e);
+        continue;
+      }
+      uint64_t ranks[2] = {0, 0};
+      for (const int32_t slot : where) {
+        const int r = slot / slots - first_rank;
+        if (r < 0 || r >= group_size)
+          throw std::invalid_argument("logical expert " + std::to_string(e) + " has slots in two groups");
+        if (ranks[r / 64] >> (r % 64) & 1)
+          throw std::invalid_argument("logical expert " + std::to_string(e) + " is twice on one rank");
+        ranks[r / 64] |= uint64_t{1} << (r % 64);
+        replicas[r].push_back(static_cast<int32_t>(t.replica_slot.size()));
+        t.replica_slot.push_back(slot);
+        t.replica_rank.push_back(r);
+        t.replica_expert.push_back(static_cast<int32_t>(t.expert_logical.size()));
+      }
+      t.expert_logical.push_back(e);
+      t.expert_begin.push_back(static_cast<int32_t>(t.replica_slot.size()));
+      t.expert_ranks.insert(t.expert_ranks.end(), ranks, ranks + 2);
+    }
+    t.rank_begin.push_back(0);
+    t.single_begin.push_back(0);
+    for (int r = 0; r < group_size; ++r) {
+      t.rank_replica.insert(t.rank_replica.end(), replicas[r].begin(), replicas[r].end());
+      t.rank_begin.push_back(static_cast<int32_t>(t.rank_replica.size()));
+      t.single_logical.insert(t.single_logical.end(), singles[r].begin(), singles[r].end());
+      t.single_begin.push_back(static_cast<int32_t>(t.single_logical.size()));
+    }
+    for (const int32_t e : t.single_logical) t.single_slot.push_back(slots_of[e][0]);
+    t.speed.assign(speed.begin() + first_rank, speed.begin() + first_rank + group_size);
+
+    Group& v = groups_[g];
+    v.n_ranks = group_size;
+    v.n_padded = padded(group_size);
+    v.n_experts = static_cast<int>(t.expert_logical.size());
+    v.n_replicas = static_cast<int>(t.replica_slot.size());
+    v.n_singles = static_cast<int>(t.single_logical.size());
+    v.first_rank = first_rank;
+    v.unit_speed = true;
+    for (const double s : t.speed) v.unit_speed = v.unit_speed && s == 1.0;
+    v.expert_begin = t.expert_begin.data();
+    v.expert_logical = t.expert_logical.data();
+    v.replica_rank = t.replica_rank.data();
+    v.replica_expert = t.replica_expert.data();
+    v.replica_slot = t.replica_slot.data();
+    v.rank_begin = t.rank_begin.data();
+    v.rank_replica = t.rank_replica.data();
+    v.single_begin = t.single_begin.data();
+    v.single_logical = t.single_logical.data();
+    v.single_slot = t.single_slot.data();
+    v.expert_ranks = t.expert_ranks.data();
+    v.speed = t.speed.data();
+  }
+}
+
+}  // namespace lplb

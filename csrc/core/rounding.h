@@ -1,0 +1,124 @@
+// From a fractional split to whole tokens at the integer optimum (design.md §3, "Whole tokens").
+#pragma once
+
+#include "flow.h"
+
+namespace lplb {
+inline namespace LPLB_ISA {
+
+struct WholeOutcome {
+  int64_t max_load;  // with speeds ⌈max load_r / v_r⌉
+  double bound;      // the best load(A)/v(A) met on the way, in tokens; 0 if none
+};
+
+namespace rounding {
+
+inline constexpr double kBoundNoise = 1e-9;    // a bound may be this much too high in its last digits
+inline constexpr double kFloorNoise = 1e-12;   // so that ⌊(k / v)·v⌋ is k
+
+LPLB_HD inline int64_t capacity(double level, double speed) {
+  return static_cast<int64_t>(std::floor(level * speed * (1.0 + kFloorNoise)));
+}
+
+// The least level, not below `level`, at which the ranks in `set` can hold `tokens` whole tokens.
+template <int kWords>
+LPLB_HD inline double whole_level(const Group& g, RankSet<kWords> set, int64_t tokens, double level) {
+  const double speed = flow::speed_of(g, set);
+  if (g.unit_speed) {  // in whole numbers: a division of large doubles could round a fraction away
+    const int64_t n_ranks = static_cast<int64_t>(speed);
+    const double least = static_cast<double>((tokens + n_ranks - 1) / n_ranks);
+    level = std::ceil(level);
+    return least > level ? least : level;
+  }
+  const double least = static_cast<double>(tokens) / speed;
+  if (least > level) level = least;
+  for (;;) {
+    int64_t room = 0;
+    double next = 1e300;
+    for (int r = 0; r < g.n_ranks; ++r) {
+      if (!set.has(r)) continue;
+      const int64_t c = capacity(level, g.speed[r]);
+      room += c;
+      const double step = static_cast<double>(c + 1) / g.speed[r];
+      next = step < next ? step : next;
+    }
+    if (room >= tokens) return level;
+    level = next;
+  }
+}
+
+// Rounds down; what is left of an expert goes token by token to its lightest ranks.
+LPLB_HD inline void round_down(const Group& g, const Workspace& x, double mean) {
+  for (int r = 0; r < g.n_ranks; ++r) x.rank_tokens[r] = x.single_tokens[r];
+  for (int e = 0; e < g.n_experts; ++e) {
+    int64_t left = x.tokens[e];
+    for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) {
+      int64_t q = left > 0 ? static_cast<int64_t>(x.y[p] * mean) : 0;
+      if (q > left) q = left;
+      x.quota[p] = q;
+      x.rank_tokens[g.replica_rank[p]] += q;
+      left -= q;
+    }
+  }
+  for (int e = 0; e < g.n_experts; ++e) {
+    const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
+    int64_t left = x.tokens[e];
+    for (int p = begin; p < end; ++p) left -= x.quota[p];
+    while (left > 0) {
+      int lightest = begin;
+      for (int p = begin + 1; p < end; ++p) {
+        const int a = g.replica_rank[p], b = g.replica_rank[lightest];
+        if (static_cast<double>(x.rank_tokens[a]) * g.speed[b] < static_cast<double>(x.rank_tokens[b]) * g.speed[a])
+          lightest = p;
+      }
+      const int64_t some = (left + 2 * (end - begin) - 1) / (2 * (end - begin));  // 1, unless much is left
+      x.quota[lightest] += some;
+      x.rank_tokens[g.replica_rank[lightest]] += some;
+      left -= some;
+    }
+  }
+}
+
+}  // namespace rounding
+
+// From y (scaled by mean) to quota and rank_tokens. `bound` is a lower bound in tokens, from which the level starts:
+// while a set of ranks cannot get below the level, the level rises to what that set needs. Runs on one member.
+template <int kWords>
+LPLB_HD inline WholeOutcome whole_tokens(const Group& g, const Workspace& x, double mean, double bound) {
+  rounding::round_down(g, x, mean);
+
+  RankSet<kWords> set = RankSet<kWords>::none();
+  int64_t total = 0;
+  for (int r = 0; r < g.n_ranks; ++r) {
+    set.add(r);
+    total += x.rank_tokens[r];
+  }
+  Flow<int64_t, kWords> f{g, x.quota, x.rank_tokens, x.rank_capacity, x.reach, 0, {}, {}};
+  double level = rounding::whole_level(g, set, total, bound * (1.0 - rounding::kBoundNoise));
+  WholeOutcome out{0, 0.0};
+  for (bool ready = false;;) {
+    for (int r = 0; r < g.n_ranks; ++r) f.limit[r] = rounding::capacity(level, g.speed[r]);
+    f.classify();
+    if (f.over.empty()) break;
+    if (!ready)
+      for (int r = 0; r < g.n_ranks; ++r) f.refresh_reach(r);
+    ready = true;
+    if (f.relieve(set)) break;
+    int64_t stuck = 0;
+    for (int r = 0; r < g.n_ranks; ++r)
+      if (set.has(r)) stuck += f.load[r];
+    const double ratio = static_cast<double>(stuck) / flow::speed_of(g, set);
+    out.bound = ratio > out.bound ? ratio : out.bound;
+    level = rounding::whole_level(g, set, stuck, level);
+  }
+  double worst = 0.0;
+  for (int r = 0; r < g.n_ranks; ++r) {
+    const double l = static_cast<double>(f.load[r]) / g.speed[r];
+    worst = l > worst ? l : worst;
+  }
+  out.max_load = static_cast<int64_t>(std::ceil(worst * (1.0 - rounding::kFloorNoise)));
+  return out;
+}
+
+}  // namespace LPLB_ISA
+}  // namespace lplb

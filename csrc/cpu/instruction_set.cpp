@@ -1,0 +1,27 @@
+#include <cstdlib>
+#include <cstring>
+
+#include "solve.h"
+
+#define LPLB_DECLARE(isa)                                                                                        \
+  namespace lplb::isa {                                                                                          \
+  void solve_on_one_thread(const Group&, const Workspace&, const int64_t*, Solver, int32_t*, int64_t*, Result*, \
+                           IterationRow*);                                                                       \
+  }
+LPLB_DECLARE(portable)
+#ifdef LPLB_HAVE_AVX2
+LPLB_DECLARE(avx2)
+#endif
+
+namespace lplb::cpu {
+
+InstructionSet best_instruction_set() {
+#ifdef LPLB_HAVE_AVX2
+  const char* wanted = std::getenv("LPLB_ISA");  // "portable" keeps to the baseline: for tests and bug reports
+  if (__builtin_cpu_supports("avx2") && !(wanted != nullptr && std::strcmp(wanted, "portable") == 0))
+    return {"avx2", avx2::solve_on_one_thread};
+#endif
+  return {"portable", portable::solve_on_one_thread};
+}
+
+}  // namespace lplb::cpu

@@ -1,0 +1,147 @@
+#include "planner.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace lplb::cpu {
+
+namespace {
+
+int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
+                 const std::vector<double>& speed, int max_threads)
+    : log2phy_begin_(n_logical + 1, 0),
+      log2phy_(phy2log.size()),
+      n_logical_(n_logical),
+      n_physical_(static_cast<int>(phy2log.size())),
+      n_ranks_(n_ranks),
+      max_threads_(max_threads),
+      groups_(phy2log, n_logical, n_ranks, group_size, speed),
+      isa_(best_instruction_set()) {
+  for (const int32_t e : phy2log) ++log2phy_begin_[e + 1];
+  for (int e = 0; e < n_logical; ++e) log2phy_begin_[e + 1] += log2phy_begin_[e];
+  std::vector<int32_t> next(log2phy_begin_.begin(), log2phy_begin_.end() - 1);
+  for (int p = 0; p < n_physical_; ++p) log2phy_[next[phy2log[p]]++] = p;
+
+  size_t solve_bytes = 0;
+  for (int g = 0; g < groups_.size(); ++g) solve_bytes = std::max(solve_bytes, carve(groups_[g], nullptr, nullptr));
+  const size_t share_bytes = aligned((n_physical_ + 1) * sizeof(Share));
+  const size_t counter_bytes = aligned((n_logical_ + 1) * sizeof(int32_t));
+  const size_t per_thread = solve_bytes + share_bytes + counter_bytes;
+  memory_size_ = per_thread * max_threads + 64;
+  memory_ = std::make_unique<std::byte[]>(memory_size_);
+  std::byte* base = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+  workspaces_.resize(static_cast<size_t>(max_threads) * groups_.size());
+  for (int t = 0; t < max_threads; ++t, base += per_thread) {
+    for (int g = 0; g < groups_.size(); ++g) carve(groups_[g], base, &workspaces_[t * groups_.size() + g]);
+    shares_.push_back(reinterpret_cast<Share*>(base + solve_bytes));
+    counters_.push_back(reinterpret_cast<int32_t*>(base + solve_bytes + share_bytes));
+  }
+}
+
+template <class Index>
+int64_t Planner::count(const Index* indices, Chunks chunks, int32_t* prefix, int threads) const {
+  int64_t bad = chunks.n;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(min : bad)
+  for (int c = 0; c < chunks.count; ++c) {
+    int32_t* counter = counters_[thread_index()];
+    for (int e = 0; e <= n_logical_; ++e) counter[e] = 0;
+    for (int64_t i = chunks.begin(c), end = chunks.end(c); i < end; ++i) {
+      const auto shifted = static_cast<std::make_unsigned_t<Index>>(indices[i]) + 1;
+      if (shifted > static_cast<std::make_unsigned_t<Index>>(n_logical_)) {
+        bad = std::min(bad, i);
+        break;
+      }
+      ++counter[shifted];
+    }
+    for (int e = 0; e < n_logical_; ++e) prefix[static_cast<int64_t>(c) * n_logical_ + e] = counter[e + 1];
+  }
+  for (int64_t c = 1; c < chunks.count; ++c)
+    for (int e = 0; e < n_logical_; ++e) prefix[c * n_logical_ + e] += prefix[(c - 1) * n_logical_ + e];
+  return bad < chunks.n ? bad : -1;
+}
+
+int64_t Planner::solve(const int64_t* loads, int64_t batch, Solver solver, const PlanArrays& out, IterationRow* log,
+                       int threads) {
+  const int n_groups = groups_.size();
+  int64_t solved = 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1) reduction(+ : solved)
+  for (int64_t job = 0; job < batch * n_groups; ++job) {
+    const int64_t b = job / n_groups;
+    const int g = static_cast<int>(job % n_groups);
+    Result r;
+    isa_.solve_group(groups_[g], workspaces_[thread_index() * n_groups + g], loads + b * n_logical_, solver,
+                     out.quota + b * n_physical_, out.rank_load + b * n_ranks_, &r,
+                     log != nullptr ? log + g * (kMaxIterations + 1) : nullptr);
+    out.max_load[job] = r.max_load;
+    out.lower_bound[job] = r.lower_bound;
+    out.gap[job] = r.gap;
+    out.iterations[job] = r.iterations;
+    out.status[job] = static_cast<int32_t>(r.status);
+    solved += r.status == Status::solved;
+  }
+  return solved;
+}
+
+template <class Index>
+void Planner::assign(const Index* indices, Chunks chunks, const int32_t* prefix, const int32_t* counts, int source,
+                     const int32_t* quota, Index* physical, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int c = 0; c < chunks.count; ++c) {
+    Share* shares = shares_[thread_index()];
+    shares[0] = {0, 0, 0, -1, -1};
+    int32_t spare = n_logical_ + 1;  // shares of third and later replicas follow those of the experts
+    for (int e = 0; e < n_logical_; ++e) {
+      uint64_t k = c > 0 ? prefix[static_cast<int64_t>(c - 1) * n_logical_ + e] : 0;
+      for (int r = 0; r < source; ++r) k += counts[static_cast<int64_t>(r) * n_logical_ + e];
+      const int32_t *slot = &log2phy_[log2phy_begin_[e]], *end = &log2phy_[0] + log2phy_begin_[e + 1];
+      uint32_t tokens = 0;
+      for (const int32_t* s = slot; s < end; ++s) tokens += quota[*s];
+      Share* share = shares + first_share(e);
+      for (;; ++slot) {
+        share->quota = quota[*slot];
+        share->tokens = tokens;
+        share->hit = share->miss = *slot;
+        k = share->start_at(k);
+        tokens -= share->quota;
+        if (end - slot <= 1) break;
+        share->miss = slot[1];
+        if (end - slot == 2) break;  // the last replica takes all that is left
+        share->miss = Share::beyond(spare);
+        share = shares + spare++;
+      }
+    }
+    for (int64_t i = chunks.begin(c), stop = chunks.end(c); i < stop; ++i) {
+      int32_t to = shares[indices[i] + 1].next();
+      while (to < -1) to = shares[-2 - to].next();
+      physical[i] = static_cast<Index>(to);
+    }
+  }
+}
+
+void total(const int32_t* counts, int n_ranks, int n_logical, int64_t* loads) {
+  for (int e = 0; e < n_logical; ++e) loads[e] = counts[e];
+  for (int64_t r = 1; r < n_ranks; ++r)
+    for (int e = 0; e < n_logical; ++e) loads[e] += counts[r * n_logical + e];
+}
+
+template int64_t Planner::count<int32_t>(const int32_t*, Chunks, int32_t*, int) const;
+template int64_t Planner::count<int64_t>(const int64_t*, Chunks, int32_t*, int) const;
+template void Planner::assign<int32_t>(const int32_t*, Chunks, const int32_t*, const int32_t*, int, const int32_t*,
+                                       int32_t*, int);
+template void Planner::assign<int64_t>(const int64_t*, Chunks, const int32_t*, const int32_t*, int, const int32_t*,
+                                       int64_t*, int);
+
+}  // namespace lplb::cpu

@@ -1,0 +1,19 @@
+// csrc/core's solve for one thread, compiled once per instruction set.
+#pragma once
+
+#include "../core/problem.h"
+
+namespace lplb::cpu {
+
+// quota [n_physical], rank_load [ep_size]: only the group's own entries are written.
+using SolveGroup = void (*)(const Group& g, const Workspace& x, const int64_t* loads, Solver solver, int32_t* quota,
+                            int64_t* rank_load, Result* result, IterationRow* log);
+
+// The best this processor can run, and its name.
+struct InstructionSet {
+  const char* name;
+  SolveGroup solve_group;
+};
+InstructionSet best_instruction_set();
+
+}  // namespace lplb::cpu

@@ -1,0 +1,346 @@
+"""EPLB's placements against a naive reading of the algorithm, and the spreading of doubled experts."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lplb.eplb import rebalance_experts, spread_copies
+
+# The example of EPLB's README, and the placement printed there.
+README_WEIGHT = [
+    [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+    [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+]
+README_SIZES = (16, 4, 2, 8)
+README_PHY2LOG = [
+    [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+    [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+]
+
+
+def naive_pack(loads, n_packs):
+    """Return the items of each pack: heaviest first, to the lightest pack with room, low index on ties."""
+    room = len(loads) // n_packs
+    if room == 1:
+        return [[item] for item in range(len(loads))]
+    packs = [[] for _ in range(n_packs)]
+    totals = [np.float32(0)] * n_packs
+    for item in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
+        best = min((k for k in range(n_packs) if len(packs[k]) < room), key=lambda k: (totals[k], k))
+        packs[best].append(item)
+        totals[best] = totals[best] + loads[item]
+    return packs
+
+
+def naive_node(loads, n_slots, n_gpus):
+    """Return (expert, copy) of each slot of one node, GPU by GPU."""
+    slots = [(e, 0) for e in range(len(loads))]
+    count = [1] * len(loads)
+    while len(slots) < n_slots:
+        shares = [load / np.float32(c) for load, c in zip(loads, count, strict=True)]
+        e = shares.index(max(shares))
+        slots.append((e, count[e]))
+        count[e] += 1
+    gpus = naive_pack([loads[e] / np.float32(count[e]) for e, _ in slots], n_gpus)
+    return [slots[s] for gpu in gpus for s in gpu]
+
+
+def naive_layer(weight, num_replicas, num_groups, num_nodes, num_gpus):
+    """Return (expert, copy) of each slot of one layer; weight is a list of np.float32."""
+    if num_groups % num_nodes:
+        num_groups = num_nodes = 1
+    size = len(weight) // num_groups
+    groups = [list(range(g * size, (g + 1) * size)) for g in range(num_groups)]
+    # The published code adds up a group with torch, whose order of additions is its own.
+    totals = [np.float32(torch.tensor([[weight[e] for e in group]]).sum(-1).item()) for group in groups]
+    placed = []
+    for node in naive_pack(totals, num_nodes):
+        experts = [e for g in node for e in groups[g]]
+        slots = naive_node([weight[e] for e in experts], num_replicas // num_nodes, num_gpus // num_nodes)
+        placed += [(experts[local], copy) for local, copy in slots]
+    return placed
+
+
+def assert_naive(weight, sizes):
+    phy2log, log2phy, logcnt = rebalance_experts(weight, *sizes)
+    assert phy2log.dtype == log2phy.dtype == logcnt.dtype == torch.int64
+    assert log2phy.shape == (*weight.shape, logcnt.max().item())
+    for layer, loads in enumerate(weight.float().numpy()):
+        placed = naive_layer(list(loads), *sizes)
+        assert phy2log[layer].tolist() == [e for e, _ in placed]
+        expected = np.full(log2phy.shape[1:], -1)
+        for slot, (e, copy) in enumerate(placed):
+            expected[e, copy] = slot
+        assert log2phy[layer].tolist() == expected.tolist()
+        assert logcnt[layer].tolist() == (expected >= 0).sum(1).tolist()
+
+
+def test_readme_example():
+    weight = torch.tensor(README_WEIGHT)
+    phy2log, log2phy, logcnt = rebalance_experts(weight, *README_SIZES)
+    assert phy2log.tolist() == README_PHY2LOG
+    assert logcnt.tolist() == [[row.count(e) for e in range(12)] for row in README_PHY2LOG]
+    for layer, row in enumerate(README_PHY2LOG):
+        for e in range(12):
+            slots = [s for s in log2phy[layer, e].tolist() if s >= 0]
+            assert sorted(slots) == [s for s, held in enumerate(row) if held == e]
+    assert_naive(weight, README_SIZES)
+
+
+@st.composite
+def cases(draw):
+    """Draw weights full of ties and sizes for either policy."""
+    num_nodes = draw(st.integers(1, 3))
+    num_groups = draw(st.integers(1, 2)) * (num_nodes if draw(st.booleans()) else 1)
+    n_logical = num_groups * draw(st.integers(1, 4))
+    num_gpus = num_nodes * draw(st.integers(1, 3))
+    slots_per_gpu = -(-n_logical // num_gpus) + draw(st.integers(0, 3))
+    load = draw(st.sampled_from([st.integers(0, 3), st.integers(0, 10**7)]))
+    row = st.lists(load, min_size=n_logical, max_size=n_logical)
+    weight = torch.tensor(draw(st.lists(row, min_size=1, max_size=3)))
+    return weight, (num_gpus * slots_per_gpu, num_groups, num_nodes, num_gpus)
+
+
+@settings(deadline=None)
+@given(cases())
+@example((torch.zeros(2, 8), (16, 4, 2, 4)))
+@example((torch.tensor([[5]]), (6, 1, 1, 3)))
+@example((torch.tensor([[3, 1, 2, 2]]), (4, 2, 2, 4)))
+def test_equals_naive(case):
+    assert_naive(*case)
+
+
+@pytest.mark.parametrize(
+    ("n_logical", "sizes"),
+    [(64, (72, 8, 4, 8)), (64, (80, 4, 4, 8)), (60, (64, 1, 4, 16)), (64, (64, 1, 1, 64))],
+    ids=["hierarchical", "one group per node", "global", "one slot per GPU"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int32])
+def test_rounding_and_dtypes(n_logical, sizes, dtype):
+    rng = np.random.default_rng(7)
+    weight = torch.from_numpy(rng.lognormal(3, 2, size=(3, n_logical))).to(dtype)
+    assert_naive(weight, sizes)
+
+
+def test_large_integers_become_float32():
+    # In float32 these three are equal, so the lowest index gets the slot.
+    weight = torch.tensor([[2**24, 2**24 + 1, 2**24 + 1]])
+    phy2log, _, logcnt = rebalance_experts(weight, 4, 1, 1, 4)
+    assert phy2log.tolist() == [[0, 1, 2, 0]]
+    assert logcnt.tolist() == [[2, 1, 1]]
+
+
+def test_leaves_its_argument_alone():
+    weight = torch.rand(2, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    before = weight.detach().clone()
+    phy2log, _, _ = rebalance_experts(weight, *README_SIZES)
+    assert not phy2log.requires_grad
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (README_WEIGHT, "weight is a list, allowed is a torch.Tensor"),
+        (torch.ones(2, 12, dtype=torch.bool), "dtype torch.bool, allowed is a real dtype"),
+        (torch.ones(2, 12, dtype=torch.complex64), "dtype torch.complex64, allowed is a real dtype"),
+    ],
+)
+def test_weight_types(weight, message):
+    with pytest.raises(TypeError, match=message):
+        rebalance_experts(weight, *README_SIZES)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(12), r"shape \[12\], allowed is \[layers, n_logical\]"),
+        (torch.ones(1, 2, 12), r"shape \[1, 2, 12\]"),
+        (torch.ones(0, 12), r"shape \[0, 12\].*not empty"),
+        (torch.ones(2, 0), r"shape \[2, 0\].*not empty"),
+        (
+            torch.ones(2, 12).index_fill(1, torch.tensor(5), -3),
+            r"weight\[0, 5\] is -3.0, allowed is finite and 0",
+        ),
+        (torch.ones(2, 12).index_fill(1, torch.tensor(5), float("nan")), r"weight\[0, 5\] is nan"),
+        (torch.ones(2, 12).index_fill(1, torch.tensor(5), float("inf")), r"weight\[0, 5\] is inf"),
+        (torch.full((2, 12), 1e300, dtype=torch.float64), r"weight\[0, 0\] is inf"),
+        (torch.full((2, 12), 3e37), "weight adds up to 3.6.*e\\+38 in a layer, allowed is at most 1e\\+38"),
+    ],
+)
+def test_weight_values(weight, message):
+    with pytest.raises(ValueError, match=message):
+        rebalance_experts(weight, *README_SIZES)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((8, 4, 2, 8), "num_replicas is 8, allowed is 12 or more"),
+        ((16, 0, 2, 8), "num_groups is 0, allowed is 1 or more"),
+        ((16, 4, 0, 8), "num_nodes is 0, allowed is 1 or more"),
+        ((16, 4, 2, 0), "num_gpus is 0, allowed is 1 or more"),
+        ((16, 4, 2, -8), "num_gpus is -8, allowed is 1 or more"),
+        ((16, 8, 2, 8), "n_logical is 12, allowed is a multiple of num_groups = 8"),
+        ((18, 4, 2, 8), "num_replicas is 18, allowed is a multiple of num_gpus = 8"),
+        ((15, 4, 2, 5), "num_gpus is 5, allowed is a multiple of num_nodes = 2"),
+    ],
+)
+def test_sizes(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        rebalance_experts(torch.tensor(README_WEIGHT), *sizes)
+
+
+@pytest.mark.parametrize("name", ["num_replicas", "num_groups", "num_nodes", "num_gpus"])
+@pytest.mark.parametrize("value", [8.0, True, None])
+def test_sizes_are_ints(name, value):
+    sizes = dict(zip(("num_replicas", "num_groups", "num_nodes", "num_gpus"), README_SIZES, strict=True))
+    with pytest.raises(TypeError, match=f"{name} is {value}, allowed is an int"):
+        rebalance_experts(torch.tensor(README_WEIGHT), **{**sizes, name: value})
+
+
+def test_global_policy_ignores_groups_and_nodes():
+    weight = torch.tensor(README_WEIGHT)
+    # 5 groups do not divide 12 experts and 3 nodes do not divide 8 GPUs; the published code takes both.
+    for mine, theirs in zip(
+        rebalance_experts(weight, 16, 5, 3, 8), rebalance_experts(weight, 16, 1, 1, 8), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def doubled(row, n_ranks):
+    """Return whether some rank holds an expert twice."""
+    slots = len(row) // n_ranks
+    return any(len(set(row[r * slots : (r + 1) * slots])) < slots for r in range(n_ranks))
+
+
+@st.composite
+def crowded(draw):
+    """Draw a mapping in which no expert has more slots than ranks; few experts, so that many are doubled."""
+    n_ranks = draw(st.integers(1, 6))
+    slots_per_rank = draw(st.integers(1, 5))
+    n = n_ranks * slots_per_rank
+    pool = list(range(draw(st.integers(slots_per_rank, n)))) * n_ranks
+    if draw(st.booleans()):
+        pool.sort()  # copies side by side: the worst start
+    else:
+        pool = draw(st.permutations(pool))
+    return pool[:n], n_ranks
+
+
+@settings(deadline=None)
+@given(crowded(), st.sampled_from([None, 0, 1]))
+@example(([0, 0, 1, 1], 2), None)
+@example(([0, 0, 1, 0, 1, 1], 2), None)  # not possible: three of each on two ranks
+@example(([0, 0, 1, 2, 1, 1, 2, 2, 3], 3), None)
+def test_spread_never_doubles(case, seed):
+    row, n_ranks = case
+    phy2log = torch.tensor(row)
+    weight = (
+        None if seed is None else torch.from_numpy(np.random.default_rng(seed).lognormal(size=max(row) + 1))
+    )
+    if max(Counter(row).values()) > n_ranks:
+        with pytest.raises(ValueError, match="allowed is at most n_ranks"):
+            spread_copies(phy2log, n_ranks, weight)
+        return
+    spread = spread_copies(phy2log, n_ranks, weight)
+    assert phy2log.tolist() == row
+    assert not doubled(spread.tolist(), n_ranks)
+    assert Counter(spread.tolist()) == Counter(row)
+    assert torch.equal(spread, spread_copies(phy2log, n_ranks, weight))
+    if not doubled(row, n_ranks):
+        assert spread.tolist() == row
+
+
+def test_spread_when_every_rank_repeats_what_the_other_holds():
+    # No exchange puts a new expert on rank 0 at once: rank 2, the only one without 0, holds but 1 and 2.
+    row = [0, 0, 1, 2, 0, 3, 4, 5, 1, 1, 2, 2]
+    spread = spread_copies(torch.tensor(row), 3).tolist()
+    assert not doubled(spread, 3)
+    assert Counter(spread) == Counter(row)
+
+
+def test_spread_takes_the_first_slot_or_the_nearest_load():
+    phy2log = torch.tensor([0, 0, 1, 2, 3, 4])
+    weight = torch.tensor([10.0, 90.0, 20.0, 6.0, 4.0])
+    assert spread_copies(phy2log, 3).tolist() == [1, 0, 0, 2, 3, 4]
+    # A copy of 0 carries 5; experts 3 and 4 are equally near, so the lower slot.
+    assert spread_copies(phy2log, 3, weight).tolist() == [3, 0, 1, 2, 0, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_spread_keeps_dtype_and_shape(dtype):
+    layers = torch.tensor([[0, 0, 1, 2], [0, 1, 2, 2]], dtype=dtype)
+    weight = torch.ones(2, 3)
+    for given_weight in (None, weight):
+        spread = spread_copies(layers, 2, given_weight)
+        assert spread.dtype == dtype
+        assert spread.shape == (2, 4)
+        for layer in range(2):
+            alone = spread_copies(layers[layer], 2, None if given_weight is None else given_weight[layer])
+            assert torch.equal(alone, spread[layer])
+    assert spread_copies(layers[:0], 2).shape == (0, 4)
+
+
+def test_spread_within_groups():
+    rng = np.random.default_rng(3)
+    weight = torch.from_numpy(rng.uniform(1, 4, size=(8, 32)))
+    phy2log, _, logcnt = rebalance_experts(weight, 64, 4, 4, 16)  # four nodes of four GPUs with four slots
+    assert logcnt.max() <= 4
+    assert any(doubled(row, 16) for row in phy2log.tolist())
+    spread = spread_copies(phy2log.view(-1, 16), 4).view_as(phy2log)
+    for before, after in zip(phy2log.tolist(), spread.tolist(), strict=True):
+        assert not doubled(after, 16)
+        for node in range(0, 64, 16):
+            assert Counter(before[node : node + 16]) == Counter(after[node : node + 16])
+
+
+@pytest.mark.parametrize(
+    ("phy2log", "n_ranks", "weight", "message"),
+    [
+        ([0, 0], 1, None, "phy2log is a list, allowed is a torch.Tensor"),
+        (torch.tensor([0.0, 1.0]), 1, None, "dtype torch.float32, allowed is an integer dtype"),
+        (torch.tensor([False, True]), 1, None, "dtype torch.bool, allowed is an integer dtype"),
+        (torch.tensor([0, 1]), 1.0, None, "n_ranks is 1.0, allowed is an int"),
+        (torch.tensor([0, 1]), 1, [1.0, 1.0], "weight is a list, allowed is a torch.Tensor"),
+    ],
+)
+def test_spread_types(phy2log, n_ranks, weight, message):
+    with pytest.raises(TypeError, match=message):
+        spread_copies(phy2log, n_ranks, weight)
+
+
+@pytest.mark.parametrize(
+    ("phy2log", "n_ranks", "weight", "message"),
+    [
+        (torch.tensor(0), 1, None, r"shape \[\], allowed is \[n_physical\] or \[layers, n_physical\]"),
+        (torch.zeros(1, 1, 1, dtype=torch.int32), 1, None, r"shape \[1, 1, 1\]"),
+        (torch.empty(0, dtype=torch.int32), 1, None, r"shape \[0\]"),
+        (torch.tensor([0, 1, 2]), 2, None, "n_physical is 3, allowed is a multiple of n_ranks = 2"),
+        (torch.tensor([0, 1]), 0, None, "n_ranks is 0, allowed is 1 or more"),
+        (torch.tensor([[0, 1], [0, -1]]), 2, None, "has -1 in layer 1, slot 1, allowed is 0 or more"),
+        (
+            torch.tensor([[0, 1], [7, 7]]),
+            1,
+            None,
+            "expert 7 has 2 slots in layer 1, allowed is at most n_ranks = 1",
+        ),
+        (torch.tensor([0, 1]), 1, torch.ones(1, 2), r"weight has shape \[1, 2\], allowed is \[n_logical\]"),
+        (
+            torch.tensor([[0, 1]]),
+            1,
+            torch.ones(2),
+            r"weight has shape \[2\], allowed is \[layers, n_logical\]",
+        ),
+        (torch.tensor([[0, 1]]), 1, torch.ones(2, 2), "weight has 2 layers, allowed is 1"),
+        (torch.tensor([0, 2]), 1, torch.ones(2), "phy2log has expert 2, allowed by weight is 0 to 1"),
+        (torch.tensor([0, 1]), 1, torch.tensor([1.0, -1.0]), r"weight\[1\] is -1.0, allowed is finite and 0"),
+    ],
+)
+def test_spread_values(phy2log, n_ranks, weight, message):
+    with pytest.raises(ValueError, match=message):
+        spread_copies(phy2log, n_ranks, weight)
