@@ -108,62 +108,79 @@ struct Flow {
     return p;
   }
 
-  // Moves what it can from rank `source` along the shortest path to a rank below its limit. False when there is no
-  // such path; then `seen` is the set of all ranks that the load of `source` can reach: it cannot shed its load.
-  LPLB_HD bool augment(int source, Set& seen) {
-    int8_t parent[kWords * 64];
-    uint8_t queue[kWords * 64];
-    int head = 0, tail = 0, target = -1;
-    seen = Set::none();
-    seen.add(source);
-    queue[tail++] = static_cast<uint8_t>(source);
-    while (head < tail && target < 0) {
-      const int r = queue[head++];
-      Set fresh = Set::read(reach + 2 * r).without(seen);
-      const Set hit = fresh & under;
-      if (!hit.empty()) {
-        target = hit.lowest();
-        parent[target] = static_cast<int8_t>(r);
-        break;
-      }
-      seen = seen | fresh;
-      while (!fresh.empty()) {
-        const int next = fresh.lowest();
-        fresh.drop(next);
-        parent[next] = static_cast<int8_t>(r);
-        queue[tail++] = static_cast<uint8_t>(next);
-      }
-    }
-    if (target < 0) return false;
-
-    int32_t via[kWords * 64];  // the replica that gives tokens on the step into a rank
+  // Moves what it can along path[length] … path[0], from a rank above its limit to one below.
+  LPLB_HD void push(const uint8_t* path, int length) {
+    int32_t giver[kWords * 64], taker[kWords * 64];  // replicas of one expert, per step
+    const int source = path[length], target = path[0];
     Num amount = load[source] - limit[source];
     if (limit[target] - load[target] < amount) amount = limit[target] - load[target];
-    for (int r = target; r != source; r = parent[r]) {
-      const int p = carrier(parent[r], r);
-      via[r] = p;
-      if (y[p] < amount) amount = y[p];
+    for (int i = length; i > 0; --i) {
+      giver[i] = carrier(path[i], path[i - 1]);
+      taker[i] = replica_on(g.replica_expert[giver[i]], path[i - 1]);
+      if (y[giver[i]] < amount) amount = y[giver[i]];
     }
-    for (int r = target; r != source; r = parent[r]) {
-      const int from = via[r], e = g.replica_expert[from];
-      y[from] -= amount;
-      y[replica_on(e, r)] += amount;
+    for (int i = length; i > 0; --i) {
+      y[giver[i]] -= amount;
+      y[taker[i]] += amount;
+      (Set::read(reach + 2 * path[i - 1]) | ranks_of(g.replica_expert[giver[i]])).write(reach + 2 * path[i - 1]);
     }
+    for (int i = length; i > 0; --i)
+      if (!(y[giver[i]] > slack)) refresh_reach(path[i]);
     load[source] -= amount;
     load[target] += amount;
-    for (int r = target;; r = parent[r]) {
-      refresh_reach(r);
-      if (r == source) break;
-    }
     if (!(load[source] > limit[source] + slack)) over.drop(source);
     if (!(load[target] < limit[target] - slack)) under.drop(target);
+  }
+
+  // Finds a way down from `source` in level[depth] to level[0] = under and pushes along it. Ranks that lead nowhere
+  // leave their level. False when `source` is one of them.
+  LPLB_HD bool descend(int source, int depth, Set* level) {
+    uint8_t path[kWords * 64 + 1];
+    path[depth] = static_cast<uint8_t>(source);
+    for (int k = depth; k > 0;) {
+      const Set next = Set::read(reach + 2 * path[k]) & level[k - 1];
+      if (!next.empty()) {
+        path[--k] = static_cast<uint8_t>(next.lowest());
+      } else {
+        level[k].drop(path[k]);
+        if (k == depth) return false;
+        ++k;
+      }
+    }
+    push(path, depth);
+    level[0] = under;
     return true;
   }
 
-  // Augments until no rank is above its limit. False when a set of ranks cannot shed its load; `seen` is that set.
-  LPLB_HD bool relieve(Set& seen) {
-    while (!over.empty())
-      if (!augment(over.lowest(), seen)) return false;
+  // Dinic's algorithm on rank sets: while ranks above their limit can reach ranks below theirs, it moves tokens along
+  // shortest paths. False when some cannot; `stuck` is then the set of all ranks that reach no rank below its limit,
+  // the set A with the largest load(A) - limit(A).
+  LPLB_HD bool relieve(Set& stuck) {
+    Set level[kWords * 64 + 1];  // level[k]: ranks k steps away from a rank below its limit
+    while (!over.empty()) {
+      Set rest = Set::none();
+      for (int r = 0; r < g.n_ranks; ++r) rest.add(r);
+      level[0] = under;
+      rest = rest.without(under);
+      int depth = 0;
+      for (bool more = true; more;) {
+        Set next = Set::none();
+        for (Set todo = rest; !todo.empty();) {
+          const int r = todo.lowest();
+          todo.drop(r);
+          if (!(Set::read(reach + 2 * r) & level[depth]).empty()) next.add(r);
+        }
+        more = !next.empty();
+        if (more) level[++depth] = next;
+        rest = rest.without(next);
+      }
+      if (over.without(rest).empty()) {
+        stuck = rest;
+        return false;
+      }
+      for (int k = 1; k <= depth; ++k)
+        for (Set from = over & level[k]; !from.empty(); from = over & level[k]) descend(from.lowest(), k, level);
+    }
     return true;
   }
 };
@@ -176,47 +193,19 @@ struct FlowOutcome {
 namespace flow {
 
 inline constexpr double kSlack = 1e-12;  // of a mean rank load, which is 1
-inline constexpr int kSweeps = 2;
 
-// Pours w tokens of expert e over its ranks up to one common level load_r / v_r.
-LPLB_HD inline void pour(const Group& g, int e, double w, double* y, double* load) {
+// Fills the ranks of expert e up to their limits, in slot order; what does not fit stays on the first.
+LPLB_HD inline void fill(const Group& g, int e, double tokens, const double* limit, double* y, double* load) {
   const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
-  if (end - begin == 2 && g.unit_speed) {
-    double& a = load[g.replica_rank[begin]];
-    double& b = load[g.replica_rank[begin + 1]];
-    double first = 0.5 * (b - a + w);
-    first = first < 0.0 ? 0.0 : first > w ? w : first;
-    y[begin] = first;
-    y[begin + 1] = w - first;
-    a += first;
-    b += w - first;
-    return;
-  }
-  // Ranks above the level of all take nothing; without them the level is lower; repeat until all that are left fit.
-  for (int p = begin; p < end; ++p) y[p] = 1.0;
-  double level = 0.0;
-  for (bool dropped = true; dropped;) {
-    double tokens = w, speed = 0.0;
-    for (int p = begin; p < end; ++p) {
-      tokens += y[p] * load[g.replica_rank[p]];
-      speed += y[p] * g.speed[g.replica_rank[p]];
-    }
-    level = tokens / speed;
-    dropped = false;
-    for (int p = begin; p < end; ++p) {
-      const int r = g.replica_rank[p];
-      if (y[p] != 0.0 && load[r] >= level * g.speed[r] && w > 0.0) {
-        y[p] = 0.0;
-        dropped = true;
-      }
-    }
-  }
   for (int p = begin; p < end; ++p) {
     const int r = g.replica_rank[p];
-    const double share = y[p] != 0.0 && w > 0.0 ? level * g.speed[r] - load[r] : 0.0;
-    y[p] = share;
-    load[r] += share;
+    const double room = limit[r] > load[r] ? limit[r] - load[r] : 0.0;
+    y[p] = room < tokens ? room : tokens;
+    load[r] += y[p];
+    tokens -= y[p];
   }
+  y[begin] += tokens;
+  load[g.replica_rank[begin]] += tokens;
 }
 
 // What only the ranks in `set` can take, in whole tokens. single_tokens: a_r in whole tokens.
@@ -249,23 +238,19 @@ LPLB_HD inline FlowOutcome bottleneck_flow(const Group& g, const Workspace& x, d
     f.load[r] = x.a[r];
     if (x.a[r] > t * g.speed[r]) t = x.a[r] / g.speed[r];
   }
-  for (int e = 0; e < g.n_experts; ++e) flow::pour(g, e, x.w[e], f.y, f.load);
-  for (int sweep = 1; sweep < flow::kSweeps; ++sweep)
-    for (int e = 0; e < g.n_experts; ++e) {
-      for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) f.load[g.replica_rank[p]] -= f.y[p];
-      flow::pour(g, e, x.w[e], f.y, f.load);
-    }
+  for (int r = 0; r < g.n_ranks; ++r) f.limit[r] = t * g.speed[r];
+  for (int e = 0; e < g.n_experts; ++e) flow::fill(g, e, x.w[e], f.limit, f.y, f.load);
   for (int r = 0; r < g.n_ranks; ++r) f.refresh_reach(r);
 
   FlowOutcome out{0.0, 0.0, 0};
   for (RankSet<kWords> set;;) {
-    for (int r = 0; r < g.n_ranks; ++r) f.limit[r] = t * g.speed[r];
     f.classify();
     if (f.relieve(set)) break;
     ++out.cuts;
     const double next = static_cast<double>(flow::tokens_of(g, x, set)) / (flow::speed_of(g, set) * mean);
     if (!(next > t)) break;  // what is left is rounding: `set` is tight at this t
     t = next;
+    for (int r = 0; r < g.n_ranks; ++r) f.limit[r] = t * g.speed[r];
   }
   out.bound = t;
   for (int r = 0; r < g.n_ranks; ++r) {

@@ -6,6 +6,9 @@
 // The start is feasible, primal and dual, and every step keeps it so, up to rounding; so there are no residuals to
 // carry, and m_e itself is never needed: z_p takes its steps. Loads arrive scaled to a mean of 1 per unit of speed.
 // Experts without tokens are masked out: on_p = 0, y_p = z_p = 1, and no sum sees them.
+//
+// A rank's slack and its dual, (s_r, u_r), are one more complementary pair like (y_p, z_p), and are stored behind them:
+// the pairs are 0 … n_replicas + n_ranks - 1.
 #pragma once
 
 #include "linalg.h"
@@ -26,9 +29,12 @@ struct IpmOutcome {
 
 namespace ipm {
 
+LPLB_HD inline int n_pairs(const Group& g) { return g.n_replicas + g.n_ranks; }
+
 // y: the even split; t a little above its maximum; u = 1/Σv; z_p = u_r. Returns t.
 template <class Team>
 LPLB_HD inline double start(Team& team, const Group& g, const Workspace& x) {
+  double *s = x.y + g.n_replicas, *u = x.z + g.n_replicas;
   const double u0 = 1.0 / team.sum(g.n_ranks, [&](int r) { return g.speed[r]; });
   team.each(g.n_experts, [&](int e) {
     const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
@@ -38,7 +44,6 @@ LPLB_HD inline double start(Team& team, const Group& g, const Workspace& x) {
       x.on[p] = on ? 1.0 : 0.0;
       x.y[p] = on ? even : 1.0;
       x.z[p] = on ? u0 : 1.0;
-      x.dy[p] = x.dz[p] = 0.0;
     }
   });
   team.sync();
@@ -48,14 +53,15 @@ LPLB_HD inline double start(Team& team, const Group& g, const Workspace& x) {
       const int p = g.rank_replica[i];
       load += x.on[p] * x.y[p];
     }
-    x.s[r] = load;
-    x.u[r] = u0;
-    x.ds[r] = x.du[r] = 0.0;
+    s[r] = load;
+    u[r] = u0;
+    x.on[g.n_replicas + r] = 1.0;
   });
   team.sync();
-  const double t = kStartAbove * team.max(g.n_ranks, [&](int r) { return x.s[r] / g.speed[r]; });
+  const double t = kStartAbove * team.max(g.n_ranks, [&](int r) { return s[r] / g.speed[r]; });
   team.sync();
-  team.each(g.n_ranks, [&](int r) { x.s[r] = t * g.speed[r] - x.s[r]; });
+  team.each(g.n_ranks, [&](int r) { s[r] = t * g.speed[r] - s[r]; });
+  team.each(n_pairs(g), [x](int i) { x.dy[i] = x.dz[i] = 0.0; });
   team.sync();
   return t;
 }
@@ -63,18 +69,19 @@ LPLB_HD inline double start(Team& team, const Group& g, const Workspace& x) {
 // Σ u_r a_r + Σ w_e min_{p of e} u_{r(p)}, for u scaled to Σ v_r u_r = 1: a true lower bound whatever u ≥ 0 is.
 template <class Team>
 LPLB_HD inline double lower_bound(Team& team, const Group& g, const Workspace& x) {
+  const double* u = x.z + g.n_replicas;
   team.each(g.n_experts, [&](int e) {
-    double least = x.u[g.replica_rank[g.expert_begin[e]]];
+    double least = u[g.replica_rank[g.expert_begin[e]]];
     for (int p = g.expert_begin[e] + 1; p < g.expert_begin[e + 1]; ++p) {
-      const double u = x.u[g.replica_rank[p]];
-      least = u < least ? u : least;
+      const double up = u[g.replica_rank[p]];
+      least = up < least ? up : least;
     }
-    x.q[e] = x.w[e] * least;
+    x.q[e] = least;
   });
   team.sync();
-  const double bound = team.sum(g.n_ranks, [&](int r) { return x.u[r] * x.a[r]; }) +
-                       team.sum(g.n_experts, [&](int e) { return x.q[e]; });
-  const double sum_u = team.sum(g.n_ranks, [&](int r) { return g.speed[r] * x.u[r]; });
+  const double bound = team.sum(g.n_ranks, [&](int r) { return u[r] * x.a[r]; }) +
+                       team.sum(g.n_experts, [&](int e) { return x.w[e] * x.q[e]; });
+  const double sum_u = team.sum(g.n_ranks, [&](int r) { return g.speed[r] * u[r]; });
   team.sync();
   return bound / sum_u;
 }
@@ -82,7 +89,7 @@ LPLB_HD inline double lower_bound(Team& team, const Group& g, const Workspace& x
 // h_p = y_p/z_p, 1/σ_e, q_e = w_e/σ_e.
 template <class Team>
 LPLB_HD inline void scale(Team& team, const Group& g, const Workspace& x) {
-  team.each(g.n_replicas, [x](int p) { x.h[p] = x.on[p] * x.y[p] / x.z[p]; });
+  team.each(n_pairs(g), [x](int i) { x.h[i] = x.on[i] * x.y[i] / x.z[i]; });
   team.sync();
   team.each(g.n_experts, [&](int e) {
     const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
@@ -107,7 +114,7 @@ LPLB_HD inline void assemble(Team& team, const Group& g, const Workspace& x) {
       x.rhs[r] = x.rhs[n + r] = 0.0;
       return;
     }
-    double diagonal = x.s[r] / x.u[r];
+    double diagonal = x.h[g.n_replicas + r];
     double b = x.a[r];
     for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) {
       const int p = g.rank_replica[i], e = g.replica_expert[p];
@@ -132,35 +139,31 @@ LPLB_HD inline void assemble(Team& team, const Group& g, const Workspace& x) {
 template <class Team>
 LPLB_HD inline double rank_step(Team& team, const Group& g, const Workspace& x, double v_dot_x1) {
   const int n = g.n_padded;
+  double* du = x.dz + g.n_replicas;
   const double t = team.sum(g.n_ranks, [&](int r) { return g.speed[r] * x.rhs[n + r]; }) / v_dot_x1;
-  team.each(g.n_ranks, [&](int r) { x.du[r] = x.rhs[n + r] - t * x.rhs[r]; });
+  team.each(g.n_ranks, [&](int r) { du[r] = x.rhs[n + r] - t * x.rhs[r]; });
   team.sync();
   return t;
 }
 
-// dz, dy and ds that belong to du. With kCorrect they carry the second-order terms extra_p and kappa_r.
+// dz, dy and ds that belong to du. With kCorrect they carry the second-order terms.
 template <bool kCorrect, class Team>
 LPLB_HD inline void complete_step(Team& team, const Group& g, const Workspace& x) {
+  const double* du = x.dz + g.n_replicas;
   team.each(g.n_experts, [&](int e) {
     const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
     double target = -x.w[e];
     for (int p = begin; p < end; ++p) {
-      const double du = x.du[g.replica_rank[p]];
-      x.dz[p] = du;
-      target -= x.h[p] * du;
+      target -= x.h[p] * du[g.replica_rank[p]];
       if (kCorrect) target += x.extra[p];
     }
     const double dm = target * x.inv_sigma[e];
-    for (int p = begin; p < end; ++p) x.dz[p] = x.on[p] * (x.dz[p] + dm);
+    for (int p = begin; p < end; ++p) x.dz[p] = x.on[p] * (du[g.replica_rank[p]] + dm);
   });
   team.sync();
-  team.each(g.n_replicas, [x](int p) {
-    const double dy = -(x.on[p] * x.y[p]) - x.h[p] * x.dz[p];
-    x.dy[p] = kCorrect ? dy + x.extra[p] : dy;
-  });
-  team.each(g.n_ranks, [x](int r) {
-    const double ds = -x.s[r] - x.s[r] / x.u[r] * x.du[r];
-    x.ds[r] = kCorrect ? ds + x.kappa[r] : ds;
+  team.each(n_pairs(g), [x](int i) {
+    const double dy = -(x.on[i] * x.y[i]) - x.h[i] * x.dz[i];
+    x.dy[i] = kCorrect ? dy + x.extra[i] : dy;
   });
   team.sync();
 }
@@ -168,8 +171,7 @@ LPLB_HD inline void complete_step(Team& team, const Group& g, const Workspace& x
 // Second-order terms of the complementarity products, centred on sigma_mu, and the right-hand side that carries them.
 template <class Team>
 LPLB_HD inline void correct(Team& team, const Group& g, const Workspace& x, double sigma_mu) {
-  team.each(g.n_replicas,
-            [x, sigma_mu](int p) { x.extra[p] = x.on[p] * (sigma_mu - x.dy[p] * x.dz[p]) / x.z[p]; });
+  team.each(n_pairs(g), [x, sigma_mu](int i) { x.extra[i] = x.on[i] * (sigma_mu - x.dy[i] * x.dz[i]) / x.z[i]; });
   team.sync();
   team.each(g.n_experts, [&](int e) {
     double sum = 0.0;
@@ -182,8 +184,7 @@ LPLB_HD inline void correct(Team& team, const Group& g, const Workspace& x, doub
       x.rhs[g.n_padded + r] = 0.0;
       return;
     }
-    x.kappa[r] = (sigma_mu - x.ds[r] * x.du[r]) / x.u[r];
-    double b = x.b[r] + x.kappa[r];
+    double b = x.b[r] + x.extra[g.n_replicas + r];
     for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) {
       const int p = g.rank_replica[i];
       b += x.extra[p] - x.h[p] * x.q[g.replica_expert[p]];
@@ -200,35 +201,25 @@ struct Steps {
 // The longest steps, at most 1, that keep y, s and z, u non-negative after `share` of the way to the boundary.
 template <class Team>
 LPLB_HD inline Steps step_lengths(Team& team, const Group& g, const Workspace& x, double share) {
-  const double y = team.max(g.n_replicas, [x](int p) { return -x.dy[p] / x.y[p]; });
-  const double s = team.max(g.n_ranks, [x](int r) { return -x.ds[r] / x.s[r]; });
-  const double z = team.max(g.n_replicas, [x](int p) { return -x.dz[p] / x.z[p]; });
-  const double u = team.max(g.n_ranks, [x](int r) { return -x.du[r] / x.u[r]; });
-  const double primal = y > s ? y : s, dual = z > u ? z : u;
+  const double primal = team.max(n_pairs(g), [x](int i) { return -x.dy[i] / x.y[i]; });
+  const double dual = team.max(n_pairs(g), [x](int i) { return -x.dz[i] / x.z[i]; });
   return {primal > share ? share / primal : 1.0, dual > share ? share / dual : 1.0};
 }
 
 // Σ y_p z_p + Σ s_r u_r after the given steps.
 template <class Team>
 LPLB_HD inline double complementarity(Team& team, const Group& g, const Workspace& x, Steps a) {
-  return team.sum(g.n_replicas,
-                  [x, a](int p) {
-                    return x.on[p] * ((x.y[p] + a.primal * x.dy[p]) * (x.z[p] + a.dual * x.dz[p]));
-                  }) +
-         team.sum(g.n_ranks,
-                  [x, a](int r) { return (x.s[r] + a.primal * x.ds[r]) * (x.u[r] + a.dual * x.du[r]); });
+  return team.sum(n_pairs(g), [x, a](int i) {
+    return x.on[i] * ((x.y[i] + a.primal * x.dy[i]) * (x.z[i] + a.dual * x.dz[i]));
+  });
 }
 
 template <class Team>
 LPLB_HD inline void advance(Team& team, const Group& g, const Workspace& x, Steps a) {
   team.sync();  // everybody has read the old point
-  team.each(g.n_replicas, [x, a](int p) {
-    x.y[p] += a.primal * x.dy[p];
-    x.z[p] += a.dual * x.dz[p];
-  });
-  team.each(g.n_ranks, [x, a](int r) {
-    x.s[r] += a.primal * x.ds[r];
-    x.u[r] += a.dual * x.du[r];
+  team.each(n_pairs(g), [x, a](int i) {
+    x.y[i] += a.primal * x.dy[i];
+    x.z[i] += a.dual * x.dz[i];
   });
   team.sync();
 }
@@ -239,12 +230,12 @@ LPLB_HD inline void advance(Team& team, const Group& g, const Workspace& x, Step
 template <class Team>
 LPLB_HD inline IpmOutcome interior_point(Team& team, const Group& g, const Workspace& x, IterationRow* log) {
   double t = ipm::start(team, g, x);
-  const double n_pairs = g.n_ranks + team.sum(g.n_replicas, [&](int p) { return x.on[p]; });
-  double mu = ipm::complementarity(team, g, x, {0.0, 0.0}) / n_pairs;
+  const double n_on = team.sum(ipm::n_pairs(g), [&](int i) { return x.on[i]; });
+  double mu = ipm::complementarity(team, g, x, {0.0, 0.0}) / n_on;
   IpmOutcome out{0.0, 0.0, 0, Status::iteration_limit};
 
   for (;; ++out.iterations) {
-    out.objective = team.max(g.n_ranks, [&](int r) { return t - x.s[r] / g.speed[r]; });
+    out.objective = team.max(g.n_ranks, [&](int r) { return t - x.y[g.n_replicas + r] / g.speed[r]; });
     const double bound = ipm::lower_bound(team, g, x);
     out.bound = bound > out.bound ? bound : out.bound;
     const double gap = (out.objective - out.bound) / out.bound;
@@ -266,7 +257,7 @@ LPLB_HD inline IpmOutcome interior_point(Team& team, const Group& g, const Works
 
     ipm::rank_step(team, g, x, v_dot_x1);
     ipm::complete_step<false>(team, g, x);
-    const double mu_affine = ipm::complementarity(team, g, x, ipm::step_lengths(team, g, x, 1.0)) / n_pairs;
+    const double mu_affine = ipm::complementarity(team, g, x, ipm::step_lengths(team, g, x, 1.0)) / n_on;
     const double ratio = mu_affine / mu;
 
     ipm::correct(team, g, x, ratio * ratio * ratio * mu);
@@ -274,7 +265,7 @@ LPLB_HD inline IpmOutcome interior_point(Team& team, const Group& g, const Works
     const double t_new = ipm::rank_step(team, g, x, v_dot_x1);
     ipm::complete_step<true>(team, g, x);
     const ipm::Steps a = ipm::step_lengths(team, g, x, kStepToBoundary);
-    const double mu_new = ipm::complementarity(team, g, x, a) / n_pairs;
+    const double mu_new = ipm::complementarity(team, g, x, a) / n_on;
     if (!(mu_new > 0.0 && mu_new < 1e300)) {  // not a number, or nothing left to improve: keep what is there
       out.status = Status::numerical;
       break;

@@ -1,10 +1,11 @@
 // One balance group, compiled from a placement, and the memory one solve of it needs.
 //
 // Ranks are numbered inside the group. Logical experts with one slot are "singles": their tokens are a_r. The others
-// are the "experts" of the LP, numbered 0 … n_experts-1; their slots are the "replicas" p, numbered expert by expert,
-// in slot order. design.md §2 has the LP in these letters.
+// are the "experts" of the LP, numbered 0 … n_experts-1 by ascending number of slots (the most bound first, as the flow
+// solver's first fill wants them); their slots are the "replicas" p, numbered expert by expert, in slot order.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -59,9 +60,9 @@ struct Result {
 
 // Where one solve works; every pointer has the size its Group asks for. Nothing is kept between solves.
 struct Workspace {
-  double *a, *u, *s, *du, *ds, *b, *kappa, *rhs;     // per rank, padded; rhs has two columns
+  double *a, *b, *rhs;                               // per rank, padded; rhs has two columns
   double *w, *inv_sigma, *q;                         // per expert
-  double *on, *y, *z, *h, *dy, *dz, *extra;          // per replica
+  double *on, *y, *z, *h, *dy, *dz, *extra;          // per complementary pair: replicas, then ranks
   double *m, *inv_d;                                 // the matrix in the ranks
   int64_t *tokens, *single_tokens, *rank_tokens, *rank_capacity;  // per expert; the others per rank
   int64_t* quota;                                    // per replica
@@ -79,10 +80,10 @@ inline size_t carve(const Group& g, std::byte* base, Workspace* ws) {
   Workspace sized{};
   Workspace& w = ws ? *ws : sized;
   const size_t n = g.n_padded, e = g.n_experts, p = g.n_replicas, r = g.n_ranks;
-  for (auto* x : {&w.a, &w.u, &w.s, &w.du, &w.ds, &w.b, &w.kappa}) take(*x, n);
+  for (auto* x : {&w.a, &w.b}) take(*x, n);
   take(w.rhs, 2 * n);
   for (auto* x : {&w.w, &w.inv_sigma, &w.q}) take(*x, e);
-  for (auto* x : {&w.on, &w.y, &w.z, &w.h, &w.dy, &w.dz, &w.extra}) take(*x, p);
+  for (auto* x : {&w.on, &w.y, &w.z, &w.h, &w.dy, &w.dz, &w.extra}) take(*x, p + r);
   take(w.m, n * n);
   take(w.inv_d, n);
   take(w.tokens, e);
@@ -124,14 +125,21 @@ inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logic
   std::vector<std::vector<int32_t>> slots_of(n_logical);
   for (size_t p = 0; p < phy2log.size(); ++p) slots_of[phy2log[p]].push_back(static_cast<int32_t>(p));
 
+  std::vector<int> by_slots(n_logical);
+  for (int e = 0; e < n_logical; ++e) {
+    by_slots[e] = e;
+    if (slots_of[e].empty()) throw std::invalid_argument("logical expert " + std::to_string(e) + " has no slot");
+  }
+  std::stable_sort(by_slots.begin(), by_slots.end(),
+                   [&](int a, int b) { return slots_of[a].size() < slots_of[b].size(); });
+
   for (int g = 0; g < n_groups; ++g) {
     Storage& t = storage_[g];
     const int first_rank = g * group_size;
     std::vector<std::vector<int32_t>> singles(group_size), replicas(group_size);
     t.expert_begin.push_back(0);
-    for (int e = 0; e < n_logical; ++e) {
+    for (const int e : by_slots) {
       const auto& where = slots_of[e];
-      if (where.empty()) throw std::invalid_argument("logical expert " + std::to_string(e) + " has no slot");
       if (where[0] / slots / group_size != g) continue;
       if (where.size() == 1) {
         singles[where[0] / slots - first_rank].push_back(e);

@@ -47,35 +47,33 @@ LPLB_HD inline double whole_level(const Group& g, RankSet<kWords> set, int64_t t
   }
 }
 
-// Rounds down; what is left of an expert goes token by token to its lightest ranks.
+// Rounds down; what is left of an expert, fewer tokens than it has replicas, goes to its lightest rank.
 LPLB_HD inline void round_down(const Group& g, const Workspace& x, double mean) {
   for (int r = 0; r < g.n_ranks; ++r) x.rank_tokens[r] = x.single_tokens[r];
   for (int e = 0; e < g.n_experts; ++e) {
     int64_t left = x.tokens[e];
     for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) {
-      int64_t q = left > 0 ? static_cast<int64_t>(x.y[p] * mean) : 0;
+      int64_t q = static_cast<int64_t>(x.y[p] * mean);
       if (q > left) q = left;
       x.quota[p] = q;
       x.rank_tokens[g.replica_rank[p]] += q;
       left -= q;
     }
+    x.tokens[e] = left;
   }
   for (int e = 0; e < g.n_experts; ++e) {
-    const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
-    int64_t left = x.tokens[e];
-    for (int p = begin; p < end; ++p) left -= x.quota[p];
-    while (left > 0) {
-      int lightest = begin;
-      for (int p = begin + 1; p < end; ++p) {
-        const int a = g.replica_rank[p], b = g.replica_rank[lightest];
-        if (static_cast<double>(x.rank_tokens[a]) * g.speed[b] < static_cast<double>(x.rank_tokens[b]) * g.speed[a])
-          lightest = p;
-      }
-      const int64_t some = (left + 2 * (end - begin) - 1) / (2 * (end - begin));  // 1, unless much is left
-      x.quota[lightest] += some;
-      x.rank_tokens[g.replica_rank[lightest]] += some;
-      left -= some;
+    const int64_t left = x.tokens[e];
+    if (left == 0) continue;
+    int lightest = g.expert_begin[e];
+    for (int p = lightest + 1; p < g.expert_begin[e + 1]; ++p) {
+      const int a = g.replica_rank[p], b = g.replica_rank[lightest];
+      const bool lighter = g.unit_speed ? x.rank_tokens[a] < x.rank_tokens[b]
+                                        : static_cast<double>(x.rank_tokens[a]) * g.speed[b] <
+                                              static_cast<double>(x.rank_tokens[b]) * g.speed[a];
+      if (lighter) lightest = p;
     }
+    x.quota[lightest] += left;
+    x.rank_tokens[g.replica_rank[lightest]] += left;
   }
 }
 
