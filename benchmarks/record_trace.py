@@ -103,9 +103,7 @@ def stdlib_documents() -> Iterator[Document]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         # Left out: what is installed or built on one machine, and tests, which many installations lack.
-        if re.search(
-            r"(^|/)(site-packages|test|tests|idle_test|config-[^/]*|_sysconfigdata[^/]*)(/|$)", name
-        ):
+        if re.search(r"(^|/)(site-packages|test|tests|idle_test|config-[^/]*|_sysconfigdata[^/]*)(/|$)", name):
             continue
         if name.startswith("pydoc_data/"):
             continue
@@ -211,13 +209,9 @@ class MoE(nn.Module):
         self.top_k = config.top_k
         self.n_experts = config.n_experts
         self.router = nn.Linear(config.width, config.n_experts, bias=False)
-        self.up = nn.Parameter(
-            torch.randn(config.n_experts, config.width, config.expert_width) * config.width**-0.5
-        )
+        self.up = nn.Parameter(torch.randn(config.n_experts, config.width, config.expert_width) * config.width**-0.5)
         self.down = nn.Parameter(
-            torch.randn(config.n_experts, config.expert_width, config.width)
-            * config.expert_width**-0.5
-            / config.layers
+            torch.randn(config.n_experts, config.expert_width, config.width) * config.expert_width**-0.5 / config.layers
         )
         self.indices = torch.empty(0, dtype=torch.int64)
 
@@ -350,9 +344,7 @@ class Reader:
         return self.requests[(self.taken - 1) % len(self.requests)]
 
 
-def scheduled_domains(
-    label: str, batch: int, batches: int, current: list[str], draw: random.Random
-) -> list[str]:
+def scheduled_domains(label: str, batch: int, batches: int, current: list[str], draw: random.Random) -> list[str]:
     """The domain that each stream reads in batch ``batch`` of ``batches`` of one phase of the schedule."""
     if label == "mixed":
         return [draw.choice(DOMAINS) if draw.random() < 1 / 8 else domain for domain in current]
@@ -390,22 +382,15 @@ def record(
                     while len(unread[stream]) <= config.context:
                         unread[stream] = unread[stream] + readers[wanted[stream]].next()
                 domains = wanted
-                losses.append(
-                    model.loss(torch.tensor([text[: config.context + 1] for text in unread])).item()
-                )
-                indices.append(
-                    torch.stack([block.moe.indices for block in model.blocks]).to(torch.uint8).numpy()
-                )
+                losses.append(model.loss(torch.tensor([text[: config.context + 1] for text in unread])).item())
+                indices.append(torch.stack([block.moe.indices for block in model.blocks]).to(torch.uint8).numpy())
                 labels.append(label)
                 unread = [text[config.context :] for text in unread]
                 progress.update(task, advance=1, note=f"{label:>10}  loss {losses[-1]:.3f}")
     for domain, reader in readers.items():
-        console.print(
-            f"{domain}: read {reader.taken} of {len(reader.requests)} requests ({reader.tokens} tokens)"
-        )
+        console.print(f"{domain}: read {reader.taken} of {len(reader.requests)} requests ({reader.tokens} tokens)")
     by_label = {
-        name: float(np.mean([x for x, y in zip(losses, labels, strict=True) if y == name]))
-        for name in set(labels)
+        name: float(np.mean([x for x, y in zip(losses, labels, strict=True) if y == name])) for name in set(labels)
     }
     return np.stack(indices), labels, {name: round(by_label[name], 4) for name in sorted(by_label)}
 
@@ -479,9 +464,7 @@ def describe(path: Path) -> None:
     table = Table("correlation of expert loads", "mean", "lowest", box=box.MARKDOWN)
     steady = labels[1:] == labels[:-1]
     following = correlation(loads[1:], loads[:-1])
-    table.add_row(
-        "successive batches, same label", f"{following[steady].mean():.2f}", f"{following[steady].min():.2f}"
-    )
+    table.add_row("successive batches, same label", f"{following[steady].mean():.2f}", f"{following[steady].min():.2f}")
     table.add_row(
         "successive batches, label changes",
         f"{following[~steady].mean():.2f}",
@@ -519,9 +502,7 @@ def text_summary(documents: list[Document], encoded: list[list[int]]) -> dict[st
 
 def main() -> None:
     """Trains, records, writes; or only describes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=500, help="training steps (default: %(default)s)")
     length.add_argument(
@@ -530,9 +511,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=36, help="texts per training step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=20261122)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--date", default=time.strftime("%Y-%m-%d"), help="written into the file (default: today)"
-    )
+    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="written into the file (default: today)")
     parser.add_argument("--out", type=Path, default=FROZEN)
     parser.add_argument("--force", action="store_true", help="replace the frozen trace")
     parser.add_argument(
@@ -563,9 +542,7 @@ def main() -> None:
 
     model = LanguageModel(config)
     parameters = sum(p.numel() for p in model.parameters())
-    console.print(
-        f"{parameters} parameters; training tokens { ({name: len(text) for name, text in texts.items()}) }"
-    )
+    console.print(f"{parameters} parameters; training tokens { ({name: len(text) for name, text in texts.items()}) }")
     start = time.monotonic()
     losses = train(
         model,
@@ -577,9 +554,7 @@ def main() -> None:
     )
     seconds = time.monotonic() - start
     final = float(np.mean(losses[-20:]))
-    console.print(
-        f"loss {losses[0]:.3f} to {final:.3f} nats per token in {len(losses)} steps, {seconds:.0f} s"
-    )
+    console.print(f"loss {losses[0]:.3f} to {final:.3f} nats per token in {len(losses)} steps, {seconds:.0f} s")
     indices, labels, held_out_loss = record(model, held_out, config, args.seed)
 
     meta = {
@@ -609,9 +584,7 @@ def main() -> None:
     np.savez_compressed(args.out, indices=indices, domain=np.array(labels), meta=np.array(json.dumps(meta)))
     describe(args.out)
     if args.out.stat().st_size > MAX_BYTES:
-        console.print(
-            f"{args.out.name} has {args.out.stat().st_size} bytes, more than the {MAX_BYTES} allowed"
-        )
+        console.print(f"{args.out.name} has {args.out.stat().st_size} bytes, more than the {MAX_BYTES} allowed")
 
 
 if __name__ == "__main__":

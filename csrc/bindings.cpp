@@ -8,6 +8,7 @@ namespace py = pybind11;
 using lplb::cpu::Chunks;
 using lplb::cpu::PlanArrays;
 using lplb::cpu::Planner;
+using lplb::cpu::RankCounts;
 
 namespace {
 
@@ -36,9 +37,10 @@ int64_t solve(Planner& p, Address loads, int64_t batch, int solver, std::array<A
 }
 
 void assign(Planner& p, Address indices, int index_bytes, std::tuple<int64_t, int, int64_t> chunks, Address prefix,
-            Address counts, int source, Address quota, Address physical, int threads) {
+            Address counts, int64_t stride, int source, Address quota, Address physical, int threads) {
   const Chunks c{std::get<0>(chunks), std::get<1>(chunks), std::get<2>(chunks)};
-  const auto *pre = at<const int32_t>(prefix), *all = at<const int32_t>(counts), *q = at<const int32_t>(quota);
+  const auto *pre = at<const int32_t>(prefix), *q = at<const int32_t>(quota);
+  const RankCounts all{at<const int32_t>(counts), stride};
   py::gil_scoped_release release;
   if (index_bytes == 8)
     p.assign(at<const int64_t>(indices), c, pre, all, source, q, at<int64_t>(physical), threads);
@@ -46,8 +48,8 @@ void assign(Planner& p, Address indices, int index_bytes, std::tuple<int64_t, in
     p.assign(at<const int32_t>(indices), c, pre, all, source, q, at<int32_t>(physical), threads);
 }
 
-void total(Address counts, int n_ranks, int n_logical, Address loads) {
-  lplb::cpu::total(at<const int32_t>(counts), n_ranks, n_logical, at<int64_t>(loads));
+int64_t total(Address counts, int64_t stride, int n_ranks, int n_logical, Address loads) {
+  return lplb::cpu::total({at<const int32_t>(counts), stride}, n_ranks, n_logical, at<int64_t>(loads));
 }
 
 }  // namespace
@@ -59,7 +61,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("log_fields") = py::make_tuple("objective", "bound", "gap", "mu", "step_primal", "step_dual");
   m.attr("instruction_set") = lplb::cpu::best_instruction_set().name;
   m.attr("cuda") = false;
-  m.def("total", &total, py::arg("counts"), py::arg("n_ranks"), py::arg("n_logical"), py::arg("loads"));
+  m.def("total", &total, py::arg("counts"), py::arg("stride"), py::arg("n_ranks"), py::arg("n_logical"), py::arg("loads"));
   py::class_<Planner>(m, "CpuPlanner")
       .def(py::init<const std::vector<int32_t>&, int, int, int, const std::vector<double>&, int>(), py::arg("phy2log"),
            py::arg("n_logical"), py::arg("n_ranks"), py::arg("group_size"), py::arg("speed"), py::arg("max_threads"))
@@ -70,5 +72,5 @@ PYBIND11_MODULE(_C, m) {
       .def("solve", &solve, py::arg("loads"), py::arg("batch"), py::arg("solver"), py::arg("out"), py::arg("log"),
            py::arg("threads"))
       .def("assign", &assign, py::arg("indices"), py::arg("index_bytes"), py::arg("chunks"), py::arg("prefix"),
-           py::arg("counts"), py::arg("source"), py::arg("quota"), py::arg("physical"), py::arg("threads"));
+           py::arg("counts"), py::arg("stride"), py::arg("source"), py::arg("quota"), py::arg("physical"), py::arg("threads"));
 }

@@ -117,9 +117,7 @@ def spread_copies(phy2log: torch.Tensor, n_ranks: int, weight: torch.Tensor | No
         if len(loads) != len(rows):
             raise ValueError(f"weight has {len(loads)} layers, allowed is {len(rows)} as in phy2log")
         if rows.size and rows.max() >= loads.shape[1]:
-            raise ValueError(
-                f"phy2log has expert {rows.max()}, allowed by weight is 0 to {loads.shape[1] - 1}"
-            )
+            raise ValueError(f"phy2log has expert {rows.max()}, allowed by weight is 0 to {loads.shape[1] - 1}")
     for layer, row in enumerate(rows):
         _spread_row(row, n_ranks, layer, None if loads is None else loads[layer])
     return torch.from_numpy(rows).reshape(phy2log.shape).to(dtype=phy2log.dtype, device=phy2log.device)
@@ -244,16 +242,12 @@ def _checked_experts(phy2log: torch.Tensor, n_ranks: int) -> _Ints:
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise TypeError(f"phy2log has dtype {dtype}, allowed is an integer dtype")
     if phy2log.dim() not in (1, 2) or phy2log.shape[-1] == 0:
-        raise ValueError(
-            f"phy2log has shape {list(phy2log.shape)}, allowed is [n_physical] or [layers, n_physical]"
-        )
+        raise ValueError(f"phy2log has shape {list(phy2log.shape)}, allowed is [n_physical] or [layers, n_physical]")
     _check_multiple("n_physical", phy2log.shape[-1], "n_ranks", n_ranks)
     rows: _Ints = np.atleast_2d(phy2log.cpu().numpy()).astype(np.int64)
     if rows.size and rows.min() < 0:
         layer, slot = np.argwhere(rows < 0)[0]
-        raise ValueError(
-            f"phy2log has {rows[layer, slot]} in layer {layer}, slot {slot}, allowed is 0 or more"
-        )
+        raise ValueError(f"phy2log has {rows[layer, slot]} in layer {layer}, slot {slot}, allowed is 0 or more")
     return rows
 
 

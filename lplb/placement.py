@@ -146,8 +146,7 @@ class Placement:
             expert = experts[away].min()
             groups = np.unique(group_of[experts == expert]).tolist()
             raise ValueError(
-                f"expert {expert} has slots in groups {groups} (of {group_size} ranks each), "
-                "allowed is one group"
+                f"expert {expert} has slots in groups {groups} (of {group_size} ranks each), allowed is one group"
             )
 
     def to_json(self) -> str:
@@ -185,9 +184,7 @@ class Placement:
             raise ValueError(f"a placement must be JSON text: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"a placement must be a JSON object, not {type(content).__name__}")
-        missing = [
-            key for key in ("format", "version", "n_ranks", "n_logical", "phy2log") if key not in content
-        ]
+        missing = [key for key in ("format", "version", "n_ranks", "n_logical", "phy2log") if key not in content]
         if missing:
             raise ValueError(f"a placement in JSON lacks {', '.join(missing)}")
         if content["format"] != _FORMAT:
@@ -196,9 +193,7 @@ class Placement:
         if type(content["version"]) is not int or content["version"] != _VERSION:
             raise ValueError(f"version is {content['version']!r}, allowed is {_VERSION}")
         if not isinstance(content["phy2log"], list):
-            raise ValueError(
-                f"phy2log is a {type(content['phy2log']).__name__}, allowed is a list of integers"
-            )
+            raise ValueError(f"phy2log is a {type(content['phy2log']).__name__}, allowed is a list of integers")
         n_logical = content["n_logical"]
         if n_logical is None:
             raise ValueError("n_logical is null, allowed is an integer")
@@ -240,13 +235,9 @@ def _integers(phy2log: object) -> npt.NDArray[Any]:
                 raise TypeError(f"phy2log[{slot}] is {expert!r}, allowed is an int")
         values = np.array([operator.index(expert) for expert in phy2log], dtype=object)
     else:
-        raise TypeError(
-            f"phy2log is a {type(phy2log).__name__}, allowed is a tensor, an array or a sequence of ints"
-        )
+        raise TypeError(f"phy2log is a {type(phy2log).__name__}, allowed is a tensor, an array or a sequence of ints")
     if values.ndim != 1 or not values.size:
-        raise ValueError(
-            f"phy2log has shape {list(values.shape)}, allowed is [n_physical] with at least one slot"
-        )
+        raise ValueError(f"phy2log has shape {list(values.shape)}, allowed is [n_physical] with at least one slot")
     return values
 
 

@@ -100,9 +100,7 @@ def check(r2o: torch.Tensor) -> None:
     if r2o.dtype.is_floating_point or r2o.dtype.is_complex or r2o.dtype == torch.bool:
         raise TypeError(f"r2o has dtype {r2o.dtype}, allowed is an integer dtype")
     if r2o.dim() != 2 or r2o.shape[0] < 1:
-        raise ValueError(
-            f"r2o has shape {list(r2o.shape)}, allowed is [ranks, classes] with at least one rank"
-        )
+        raise ValueError(f"r2o has shape {list(r2o.shape)}, allowed is [ranks, classes] with at least one rank")
     ranks, classes = r2o.shape
     rows: list[list[int]] = r2o.tolist()
     for k in range(classes):
@@ -119,9 +117,7 @@ def _check_column(k: int, origins: list[int]) -> None:
         if origin == r:
             raise ValueError(f"{where}, itself; allowed is any other rank")
         if origin in copier:
-            raise ValueError(
-                f"{where}, as rank {copier[origin]} does; a column must be a permutation of the ranks"
-            )
+            raise ValueError(f"{where}, as rank {copier[origin]} does; a column must be a permutation of the ranks")
         copier[origin] = r
 
 
@@ -134,3 +130,23 @@ def _at_least_two(topology: str, name: str, value: int) -> None:
 
 def _from_columns(*columns: list[int]) -> torch.Tensor:
     return torch.tensor(columns, dtype=torch.int32).T.contiguous()
+
+
+def lay_out(r2o: torch.Tensor, order: torch.Tensor, n_groups: int, combined: int) -> torch.Tensor:
+    """Return the placement that LPLB makes of a topology.
+
+    Args:
+        r2o: checked topology, ``[group_size, classes]``.
+        order: logical experts rank by rank, ``[n_logical]``: rank ``r`` owns ``order.view(n_ranks, -1)[r]``.
+        n_groups: how many groups of ``group_size`` consecutive ranks there are.
+        combined: redundant slots per rank and class.
+
+    Returns:
+        phy2log, int64 ``[n_physical]``: per rank its own experts, then redundant slots; redundant slot
+        ``c * classes + k`` of rank ``r`` copies own slot ``c * classes + k`` of rank ``r2o[r, k]``.
+    """
+    group_size, classes = r2o.shape
+    own = order.view(n_groups, group_size, -1).long()
+    owner = r2o.long().repeat(1, combined).expand(n_groups, -1, -1)  # of every redundant slot
+    copies = own[:, :, : classes * combined].gather(1, owner)
+    return torch.cat([own, copies], dim=2).flatten()

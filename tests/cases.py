@@ -326,15 +326,11 @@ class DrawnPlacement:
     @property
     def phy2log(self) -> INT_ARRAY:
         rng = np.random.default_rng(self.seed)
-        return random_placement(
-            rng, self.n_ranks, self.group_size, self.n_logical_per_group, self.slots_per_rank
-        )
+        return random_placement(rng, self.n_ranks, self.group_size, self.n_logical_per_group, self.slots_per_rank)
 
 
 @st.composite
-def placements(
-    draw: st.DrawFn, max_ranks: int = MOST_RANKS, max_group_size: int = MOST_RANKS
-) -> DrawnPlacement:
+def placements(draw: st.DrawFn, max_ranks: int = MOST_RANKS, max_group_size: int = MOST_RANKS) -> DrawnPlacement:
     """1 to `max_ranks` ranks in one to several groups, up to 16 slots a rank, 1 to all replicas."""
     largest = min(max_ranks, max_group_size)
     group_size = draw(st.one_of(st.integers(1, min(8, largest)), st.integers(1, largest)))

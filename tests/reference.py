@@ -342,9 +342,7 @@ def _group_bottleneck(group: RankGroup, workload: Sequence[int]) -> Bottleneck:
     speed = [Fraction(v) for v in group.speed]
     lowest = _group_optimum(group, workload)
     highest = lowest + 1 / min(speed)  # ⌊(t* + 1/v_min) v_r⌋ > t* v_r: enough for every rank
-    candidates = sorted(
-        {k / v for v in speed for k in range(math.ceil(lowest * v), math.floor(highest * v) + 1)}
-    )
+    candidates = sorted({k / v for v in speed for k in range(math.ceil(lowest * v), math.floor(highest * v) + 1)})
 
     def room(load: Fraction) -> list[int]:
         return [math.floor(load * v) for v in speed]
@@ -445,9 +443,7 @@ def nested_proportion(k: int, n: int, quotas: Sequence[int]) -> int:
     raise AssertionError("quotas that add up to n always place the token")
 
 
-def assign_reference(
-    indices_per_rank: Sequence[Any], phy2log: ArrayLike, quota: ArrayLike
-) -> list[INT_ARRAY]:
+def assign_reference(indices_per_rank: Sequence[Any], phy2log: ArrayLike, quota: ArrayLike) -> list[INT_ARRAY]:
     """Physical indices of every source rank's logical ones, by the plain split, shapes kept; -1 stays -1.
 
     Tokens of an expert are numbered over the source ranks in order, then by row-major position.

@@ -240,9 +240,7 @@ def crowded(draw):
 def test_spread_never_doubles(case, seed):
     row, n_ranks = case
     phy2log = torch.tensor(row)
-    weight = (
-        None if seed is None else torch.from_numpy(np.random.default_rng(seed).lognormal(size=max(row) + 1))
-    )
+    weight = None if seed is None else torch.from_numpy(np.random.default_rng(seed).lognormal(size=max(row) + 1))
     if max(Counter(row).values()) > n_ranks:
         with pytest.raises(ValueError, match="allowed is at most n_ranks"):
             spread_copies(phy2log, n_ranks, weight)

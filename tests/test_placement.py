@@ -187,9 +187,7 @@ def test_groups():
     placement = Placement([0, 1, 1, 0, 2, 3, 3, 4], 4)
     placement.check_groups(2)
     placement.check_groups(4)
-    with pytest.raises(
-        ValueError, match=r"expert 0 has slots in groups \[0, 1\] \(of 1 ranks each\), allowed is one"
-    ):
+    with pytest.raises(ValueError, match=r"expert 0 has slots in groups \[0, 1\] \(of 1 ranks each\), allowed is one"):
         placement.check_groups(1)
     with pytest.raises(ValueError, match=r"expert 1 has slots in groups \[0, 2\] \(of 2 ranks each\)"):
         Placement([0, 1, 2, 3, 4, 1], 6).check_groups(2)

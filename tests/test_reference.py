@@ -40,9 +40,7 @@ from reference import (
     subset_optimum,
 )
 
-QUICK = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+QUICK = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +201,7 @@ def test_assignment_meets_quotas_and_keeps_experts() -> None:
         assign_reference(indices, phy2log, quota)
 
 
-@pytest.mark.parametrize(
-    ("n_tokens", "n_sms"), [(0, 3), (1, 4), (256, 1), (257, 1), (1000, 3), (4096, 16), (4097, 16)]
-)
+@pytest.mark.parametrize(("n_tokens", "n_sms"), [(0, 3), (1, 4), (256, 1), (257, 1), (1000, 3), (4096, 16), (4097, 16)])
 def test_count_prefixes(n_tokens: int, n_sms: int) -> None:
     idx = np.random.default_rng(3).integers(-1, 7, n_tokens)
     workload, prefix = count_reference(idx, 7, n_sms)
@@ -235,9 +231,7 @@ def test_drawn_placements_are_valid(placement: DrawnPlacement) -> None:
 
 def test_random_placements_reach_one_and_all_replicas() -> None:
     counts = Counter(
-        len(homes)
-        for seed in range(20)
-        for homes in rank_groups(DrawnPlacement(8, 8, 24, 6, seed).phy2log, 8)[0].homes
+        len(homes) for seed in range(20) for homes in rank_groups(DrawnPlacement(8, 8, 24, 6, seed).phy2log, 8)[0].homes
     )
     assert set(counts) == set(range(1, 9))
 

@@ -50,9 +50,7 @@ def test_hypercube_refuses_other_sizes(n):
         topology.hypercube(n)
 
 
-@pytest.mark.parametrize(
-    ("m", "n", "seen"), [(1, 4, "m is 1"), (4, 1, "n is 1"), (0, 4, "m is 0"), (4, -2, "n is -2")]
-)
+@pytest.mark.parametrize(("m", "n", "seen"), [(1, 4, "m is 1"), (4, 1, "n is 1"), (0, 4, "m is 0"), (4, -2, "n is -2")])
 def test_torus_refuses_fixed_points(m, n, seen):
     with pytest.raises(ValueError, match=f"{seen}, allowed is 2 or more"):
         topology.torus(m, n)
@@ -85,9 +83,7 @@ def test_check_accepts_no_column_and_equal_columns():
 @given(st.data())
 def test_check_accepts_exactly_the_derangements(data):
     n = data.draw(st.integers(1, 6))
-    column = data.draw(
-        st.one_of(st.permutations(range(n)), st.lists(st.integers(-1, n), min_size=n, max_size=n))
-    )
+    column = data.draw(st.one_of(st.permutations(range(n)), st.lists(st.integers(-1, n), min_size=n, max_size=n)))
     r2o = torch.tensor([column], dtype=torch.int32).T
     if sorted(column) == list(range(n)) and all(r != origin for r, origin in enumerate(column)):
         topology.check(r2o)

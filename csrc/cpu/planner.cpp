@@ -96,7 +96,7 @@ int64_t Planner::solve(const int64_t* loads, int64_t batch, Solver solver, const
 }
 
 template <class Index>
-void Planner::assign(const Index* indices, Chunks chunks, const int32_t* prefix, const int32_t* counts, int source,
+void Planner::assign(const Index* indices, Chunks chunks, const int32_t* prefix, RankCounts counts, int source,
                      const int32_t* quota, Index* physical, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int c = 0; c < chunks.count; ++c) {
@@ -105,7 +105,7 @@ void Planner::assign(const Index* indices, Chunks chunks, const int32_t* prefix,
     int32_t spare = n_logical_ + 1;  // shares of third and later replicas follow those of the experts
     for (int e = 0; e < n_logical_; ++e) {
       uint64_t k = c > 0 ? prefix[static_cast<int64_t>(c - 1) * n_logical_ + e] : 0;
-      for (int r = 0; r < source; ++r) k += counts[static_cast<int64_t>(r) * n_logical_ + e];
+      for (int r = 0; r < source; ++r) k += counts.row(r)[e];
       const int32_t *slot = &log2phy_[log2phy_begin_[e]], *end = &log2phy_[0] + log2phy_begin_[e + 1];
       uint32_t tokens = 0;
       for (const int32_t* s = slot; s < end; ++s) tokens += quota[*s];
@@ -131,17 +131,18 @@ void Planner::assign(const Index* indices, Chunks chunks, const int32_t* prefix,
   }
 }
 
-void total(const int32_t* counts, int n_ranks, int n_logical, int64_t* loads) {
-  for (int e = 0; e < n_logical; ++e) loads[e] = counts[e];
-  for (int64_t r = 1; r < n_ranks; ++r)
-    for (int e = 0; e < n_logical; ++e) loads[e] += counts[r * n_logical + e];
+int64_t total(RankCounts counts, int n_ranks, int n_logical, int64_t* loads) {
+  for (int e = 0; e < n_logical; ++e) loads[e] = counts.first[e];
+  for (int r = 1; r < n_ranks; ++r)
+    for (int e = 0; e < n_logical; ++e) loads[e] += counts.row(r)[e];
+  return *std::max_element(loads, loads + n_logical);
 }
 
 template int64_t Planner::count<int32_t>(const int32_t*, Chunks, int32_t*, int) const;
 template int64_t Planner::count<int64_t>(const int64_t*, Chunks, int32_t*, int) const;
-template void Planner::assign<int32_t>(const int32_t*, Chunks, const int32_t*, const int32_t*, int, const int32_t*,
+template void Planner::assign<int32_t>(const int32_t*, Chunks, const int32_t*, RankCounts, int, const int32_t*,
                                        int32_t*, int);
-template void Planner::assign<int64_t>(const int64_t*, Chunks, const int32_t*, const int32_t*, int, const int32_t*,
+template void Planner::assign<int64_t>(const int64_t*, Chunks, const int32_t*, RankCounts, int, const int32_t*,
                                        int64_t*, int);
 
 }  // namespace lplb::cpu

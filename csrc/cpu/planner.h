@@ -19,6 +19,13 @@ struct Chunks {
   int64_t end(int i) const { return begin(i + 1); }
 };
 
+// Tokens per rank and logical expert: row r starts at first + r·stride.
+struct RankCounts {
+  const int32_t* first;
+  int64_t stride;
+  const int32_t* row(int r) const { return first + r * stride; }
+};
+
 // Where a plan for a batch of loads is written: quota [batch, n_physical], rank_load [batch, n_ranks], the others
 // [batch, n_groups].
 struct PlanArrays {
@@ -46,10 +53,10 @@ class Planner {
   int64_t solve(const int64_t* loads, int64_t batch, Solver solver, const PlanArrays& out, IterationRow* log,
                 int threads);
 
-  // Maps the tokens of rank `source`; counts [ranks, n_logical] of all ranks; prefix as count() left it. Rows of
-  // `quota` sum to the totals of `counts`. `physical` may be `indices` itself.
+  // Maps the tokens of rank `source`; prefix as count() left it. An expert's quotas sum to its total over all ranks.
+  // `physical` may be `indices` itself.
   template <class Index>
-  void assign(const Index* indices, Chunks chunks, const int32_t* prefix, const int32_t* counts, int source,
+  void assign(const Index* indices, Chunks chunks, const int32_t* prefix, RankCounts counts, int source,
               const int32_t* quota, Index* physical, int threads);
 
  private:
@@ -66,7 +73,7 @@ class Planner {
   std::vector<int32_t*> counters_;       // [max_threads] n_logical + 1 each
 };
 
-// loads[e] = Σ over ranks of counts[rank, e]
-void total(const int32_t* counts, int n_ranks, int n_logical, int64_t* loads);
+// loads[e] = Σ over ranks of counts. Returns the largest.
+int64_t total(RankCounts counts, int n_ranks, int n_logical, int64_t* loads);
 
 }  // namespace lplb::cpu

@@ -1,0 +1,15 @@
+"""Certified load balancing for Mixture-of-Experts expert parallelism.
+
+`Planner` maps the router's logical expert indices to physical ones so that the busiest rank of a batch has as little
+to do as its replicas allow; `Placement` says where experts live; `rebalance_experts` is EPLB.
+"""
+
+from lplb import topology
+from lplb.eplb import rebalance_experts
+from lplb.placement import Placement
+from lplb.plan import Plan, SolveStatus
+from lplb.planner import Planner
+
+__version__ = "0.1.0"
+
+__all__ = ["Placement", "Plan", "Planner", "SolveStatus", "__version__", "rebalance_experts", "topology"]

@@ -1,0 +1,135 @@
+"""Checks of what callers give to a planner: the value seen and the value allowed, before any work."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lplb.placement import MAX_GROUP_SIZE, Placement, whole_number
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+MOST_TOKENS = 2**31 - 1
+"""Per expert, and per call: counts and quotas are int32."""
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Refuse a device that this build has no backend for."""
+    if device.type != "cpu":
+        raise RuntimeError(
+            f"{name} is {str(device)!r}, and this build of lplb has no {device.type.upper()} backend, only the CPU's. "
+            "Keep the tensors on the CPU: tensor.cpu(), or device='cpu' where they are made"
+        )
+
+
+def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Refuse a tensor that is not where the planner is."""
+    if tensor.device == device:
+        return
+    if tensor.device.type == "cuda":
+        check_backend(f"the device of {name}", tensor.device)
+    raise ValueError(f"{name} is on {str(tensor.device)!r}, allowed is the planner's device, {str(device)!r}")
+
+
+def check_indices(idx: torch.Tensor, device: torch.device) -> None:
+    """Refuse indices of another type, dtype, device, or too many; their values are checked as they are counted."""
+    if not isinstance(idx, torch.Tensor):
+        raise TypeError(f"idx is {seen(idx)}, allowed is a torch.Tensor")
+    if idx.dtype not in INDEX_DTYPES:
+        raise TypeError(f"idx has dtype {idx.dtype}, allowed is torch.int32 or torch.int64")
+    check_device("idx", idx, device)
+    if idx.numel() > MOST_TOKENS:
+        raise ValueError(f"idx has {idx.numel()} elements, allowed are {MOST_TOKENS} per call")
+
+
+def check_counter(avail_counter: torch.Tensor | None, device: torch.device) -> None:
+    """Refuse what is neither one whole number nor ``None``."""
+    if avail_counter is None:
+        return
+    if not isinstance(avail_counter, torch.Tensor) or avail_counter.dtype not in INDEX_DTYPES:
+        raise TypeError(
+            f"avail_counter is {seen(avail_counter)}, allowed is a tensor of torch.int32 or torch.int64, or None"
+        )
+    if avail_counter.numel() != 1:
+        raise ValueError(f"avail_counter has {avail_counter.numel()} elements, allowed is 1")
+    check_device("avail_counter", avail_counter, device)
+
+
+def checked_loads(workload: torch.Tensor, n_logical: int, device: torch.device) -> torch.Tensor:
+    """Return the loads ``[n_logical]`` or ``[n, n_logical]`` as contiguous int64."""
+    if not isinstance(workload, torch.Tensor):
+        raise TypeError(f"workload is {seen(workload)}, allowed is a torch.Tensor")
+    if workload.dtype not in INDEX_DTYPES and not workload.dtype.is_floating_point:
+        raise TypeError(f"workload has dtype {workload.dtype}, allowed is int32, int64 or floating")
+    if workload.dim() not in (1, 2) or workload.shape[-1] != n_logical:
+        raise ValueError(
+            f"workload has shape {list(workload.shape)}, allowed is [n_logical] = [{n_logical}] or a batch "
+            f"[n, {n_logical}]"
+        )
+    check_device("workload", workload, device)
+    if workload.dtype.is_floating_point:
+        odd = workload != workload.floor()  # true for NaN as well; an infinity is too large below
+        if bool(odd.any()):
+            raise ValueError(f"workload has {float(workload[odd][0])}, allowed are whole numbers of tokens")
+    outside = (workload < 0) | (workload > MOST_TOKENS)
+    if bool(outside.any()):
+        raise ValueError(
+            f"workload has {workload[outside][0].item()}, allowed are 0 to {MOST_TOKENS} tokens per expert"
+        )
+    return workload.to(torch.int64).contiguous()
+
+
+def check_history(workload: torch.Tensor, n_logical: int) -> None:
+    """Refuse a load history of another type or shape; `rebalance_experts` checks its values."""
+    if not isinstance(workload, torch.Tensor):
+        raise TypeError(f"workload is {seen(workload)}, allowed is a torch.Tensor")
+    if workload.shape != (n_logical,):
+        raise ValueError(f"workload has shape {list(workload.shape)}, allowed is [n_logical] = [{n_logical}]")
+
+
+def checked_share(o_weight: torch.Tensor, shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Return shares from 0 to 1 as float64."""
+    if not isinstance(o_weight, torch.Tensor) or not o_weight.dtype.is_floating_point:
+        raise TypeError(f"o_weight is {seen(o_weight)}, allowed is a floating tensor {list(shape)}")
+    if o_weight.shape != shape:
+        raise ValueError(f"o_weight has shape {list(o_weight.shape)}, allowed is {list(shape)}")
+    check_device("o_weight", o_weight, device)
+    outside = ~((o_weight >= 0) & (o_weight <= 1))  # true for NaN as well
+    if bool(outside.any()):
+        raise ValueError(f"o_weight has {float(o_weight[outside][0])}, allowed are shares from 0 to 1")
+    return o_weight.double()
+
+
+def checked_speeds(rank_speed: Sequence[float] | torch.Tensor | None, n_ranks: int) -> list[float]:
+    """Return one positive speed per rank; 1 by default."""
+    if rank_speed is None:
+        return [1.0] * n_ranks
+    speed = torch.as_tensor(rank_speed, dtype=torch.float64).cpu()
+    if speed.shape != (n_ranks,):
+        raise ValueError(f"rank_speed has shape {list(speed.shape)}, allowed is [n_ranks] = [{n_ranks}]")
+    odd = ~((speed >= 1e-6) & (speed <= 1e6))
+    if bool(odd.any()):
+        raise ValueError(f"rank_speed has {float(speed[odd][0])}, allowed are 1e-6 to 1e6")
+    return [float(v) for v in speed]
+
+
+def checked_group_size(placement: Placement, group_size: int | None) -> int:
+    """Return the ranks per balance group; all ranks by default."""
+    if group_size is not None:
+        return whole_number("group_size", group_size, 1, MAX_GROUP_SIZE)
+    if placement.n_ranks > MAX_GROUP_SIZE:
+        raise ValueError(
+            f"group_size is None, which stands for all {placement.n_ranks} ranks, allowed are 1 to {MAX_GROUP_SIZE}"
+        )
+    return placement.n_ranks
+
+
+def check_divides(name: str, value: int, by: str, divisor: int) -> None:
+    """Refuse a value that is not a multiple."""
+    if value % divisor:
+        raise ValueError(f"{name} is {value}, allowed is a multiple of {by} = {divisor}")
+
+
+def seen(value: object) -> str:
+    """Say in an error what was given."""
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor {list(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,192 @@
+"""How every rank learns every rank's counts, and that no rank raises alone.
+
+An exchange gathers rows: each rank fills its own row of an int32 table ``[size, columns]`` and gets all others. The
+last columns carry an error word and a fingerprint, so that a refusal on one rank is raised on all of them.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Distributed", "Exchange", "Known", "Local", "exchange_for"]
+
+WORDS = 3
+"""Columns behind the counts of a row: error word, and a fingerprint in two."""
+
+_KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
+_MESSAGE_BYTES = 1024
+
+T = TypeVar("T")
+
+
+class Exchange(Protocol):
+    """The ranks of one expert-parallel group as the planner sees them."""
+
+    rank: int
+    """This rank."""
+    size: int
+    """How many ranks."""
+
+    def gather(self, table: torch.Tensor) -> None:
+        """Fill int32 ``table [size, columns]`` with every rank's row; the own row is there already. Collective."""
+
+
+class Local:
+    """One rank: the given tokens are the whole batch."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, table: torch.Tensor) -> None:
+        """Nothing to do: the table is the own row."""
+
+
+class Distributed:
+    """The ranks of a torch.distributed process group; an all-gather with whatever backend the group has.
+
+    Args:
+        group: an initialised process group that this process belongs to.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """See the class."""
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("this process is not in the given group, allowed is a group that it belongs to")
+
+    def gather(self, table: torch.Tensor) -> None:
+        """All-gather of the rows. Raises what torch.distributed raises when a rank is lost or times out."""
+        dist.all_gather_into_tensor(table, table[self.rank].clone(), group=self.group)
+
+
+class Known:
+    """A rank of a replay: what the other ranks would send is known beforehand.
+
+    Replays of recorded batches and tests run many ranks in one process, one after the other.
+
+    Args:
+        rank: which rank this is.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        """See the class."""
+        if not 0 <= rank < size:
+            raise ValueError(f"rank is {rank}, allowed is 0 to size - 1 = {size - 1}")
+        self.rank = rank
+        self.size = size
+        self.counts: torch.Tensor | None = None
+        """int32 ``[size, n_logical]``, every rank's counts of the batch that comes next."""
+
+    def gather(self, table: torch.Tensor) -> None:
+        """Fill in the known counts.
+
+        Raises:
+            ValueError: `counts` is not set, has another shape, or its own row is not what this rank counted.
+        """
+        if table.shape[1] == WORDS:  # settings only: all ranks of a replay have the same
+            table.copy_(table[self.rank].expand_as(table))
+            return
+        allowed = (self.size, table.shape[1] - WORDS)
+        if self.counts is None or self.counts.shape != allowed:
+            seen = None if self.counts is None else tuple(self.counts.shape)
+            raise ValueError(f"counts of a Known exchange has shape {seen}, allowed is {allowed}")
+        own = table[self.rank].clone()
+        if own[-WORDS] == 0 and not torch.equal(own[:-WORDS], self.counts[self.rank]):
+            raise ValueError(f"rank {self.rank} counted other tokens than counts[{self.rank}] of its Known exchange")
+        table.copy_(own.expand_as(table))
+        table[:, :-WORDS] = self.counts
+
+
+def exchange_for(group: "dist.ProcessGroup | Exchange | None") -> Exchange:
+    """Return the exchange for what a user gives as ``group``.
+
+    Raises:
+        TypeError: it is neither a process group, an exchange nor ``None``.
+    """
+    if group is None:
+        return Local()
+    if isinstance(group, (Local, Known, Distributed)):
+        return group
+    if isinstance(group, dist.ProcessGroup):
+        return Distributed(group)
+    if all(hasattr(group, name) for name in ("rank", "size", "gather")) and isinstance(group.rank, int):
+        return group
+    raise TypeError(
+        f"group is a {type(group).__name__}, allowed is a torch.distributed.ProcessGroup, an lplb.exchange.Exchange "
+        "or None"
+    )
+
+
+def fingerprint(*parts: object) -> tuple[int, int]:
+    """Two 31-bit words that differ, but for chance, when any of ``parts`` does (by its ``repr``)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little") >> 1, int.from_bytes(digest[4:], "little") >> 1
+
+
+def error_word(error: Exception | None) -> int:
+    """0 for none; otherwise 1 + the kind of error."""
+    if error is None:
+        return 0
+    return 1 + next((i for i, kind in enumerate(_KINDS) if isinstance(error, kind)), len(_KINDS) - 1)
+
+
+def raise_together(exchange: Exchange, words: Sequence[Sequence[int]], error: Exception | None) -> None:
+    """Raise on every rank if any rank has an error or another fingerprint. Collective in that case only.
+
+    Args:
+        exchange: the ranks.
+        words: for every rank its `WORDS` last columns: all ranks see the same.
+        error: this rank's own error, which it raises as it is.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as the first rank in trouble; its message names that rank.
+    """
+    failed = [rank for rank, row in enumerate(words) if row[0] != 0]
+    if failed:
+        message = _message_of(exchange, failed[0], error)
+        if error is not None:
+            raise error
+        kind = _KINDS[words[failed[0]][0] - 1]
+        raise kind(f"rank {failed[0]} refused its input, so no rank goes on: {message}")
+    odd = next((rank for rank, row in enumerate(words) if tuple(row[1:]) != tuple(words[0][1:])), None)
+    if odd is not None:
+        raise ValueError(
+            f"rank {odd} has another placement or other settings than rank 0, allowed is the same on every rank "
+            "(r2o or placement and its order, expert counts, rank_speed, solver)"
+        )
+
+
+def _message_of(exchange: Exchange, rank: int, error: Exception | None) -> str:
+    """What the rank in trouble has to say, on every rank."""
+    table = torch.zeros(exchange.size, _MESSAGE_BYTES // 4, dtype=torch.int32)
+    if error is not None:
+        text = str(error).encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+        table[exchange.rank] = torch.frombuffer(bytearray(text), dtype=torch.int32)
+    if isinstance(exchange, (Local, Known)):  # nobody else to tell
+        return str(error)
+    exchange.gather(table)
+    return bytes(table[rank].numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
+
+
+def together(exchange: Exchange, action: Callable[[], T], print_of: Callable[[T], tuple[int, int]]) -> T:
+    """Run ``action`` on every rank; if it fails on one, or its fingerprint differs, all ranks raise. Collective."""
+    if isinstance(exchange, Local):
+        return action()
+    error: Exception | None = None
+    words = (0, 0)
+    try:
+        result = action()
+        words = print_of(result)
+    except Exception as problem:
+        error = problem
+    table = torch.zeros(exchange.size, WORDS, dtype=torch.int32)
+    table[exchange.rank] = torch.tensor([error_word(error), *words], dtype=torch.int32)
+    exchange.gather(table)
+    raise_together(exchange, table.tolist(), error)
+    return result

@@ -1,0 +1,457 @@
+// The block-parallel code of csrc/core under host threads: a team of any size must give the bits that one thread gives.
+// Also here, because they need C++: the Cholesky alone, no allocation while solving, and the arithmetic of Share.
+//
+//     team_test [scale]     scale 1 takes some seconds; 0.1 is a smoke test
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <memory>
+#include <new>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../csrc/core/solve.h"
+#include "../csrc/core/split.h"
+#include "thread_team.h"
+
+// Every operator new of the program ends here, also those for arrays. Not inlined, or g++ takes new and free for a
+// mismatched pair.
+#define LPLB_REPLACED __attribute__((noinline))
+
+static std::atomic<long> allocations{0};
+
+LPLB_REPLACED void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
+  allocations.fetch_add(1, std::memory_order_relaxed);
+  return std::malloc(bytes > 0 ? bytes : 1);
+}
+LPLB_REPLACED void* operator new(size_t bytes) {
+  if (void* p = ::operator new(bytes, std::nothrow)) return p;
+  throw std::bad_alloc();
+}
+LPLB_REPLACED void* operator new(size_t bytes, std::align_val_t alignment) {
+  allocations.fetch_add(1, std::memory_order_relaxed);
+  const size_t a = static_cast<size_t>(alignment);
+  if (void* p = std::aligned_alloc(a, (bytes + a - 1) / a * a)) return p;
+  throw std::bad_alloc();
+}
+LPLB_REPLACED void operator delete(void* p) noexcept { std::free(p); }
+LPLB_REPLACED void operator delete(void* p, size_t) noexcept { std::free(p); }
+LPLB_REPLACED void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+LPLB_REPLACED void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p); }
+
+namespace {
+
+using namespace lplb;
+using Random = std::mt19937_64;
+
+constexpr int kTeamSizes[] = {1, 2, 3, 7, 32, 64};
+constexpr int kGroupSizes[] = {128, 1, 16, 65, 3, 8, 33, 2, 72, 5, 24, 4, 64, 12, 31, 100, 7, 48, 63, 127};
+constexpr int kMostCases = 120;      // per team size, at scale 1
+constexpr double kWork = 24000;      // per team size, at scale 1: Σ ranks · members, which barriers take time for
+constexpr double kResidual = 1e-13;  // of a solve, relative to n·|M|·|x|
+
+long passed = 0;
+
+[[noreturn]] void fail(const std::string& what) {
+  std::printf("FAILED after %ld passed: %s\n", passed, what.c_str());
+  std::exit(1);
+}
+
+void check(bool ok, const std::string& what) {
+  if (!ok) fail(what);
+  ++passed;
+}
+
+template <class T>
+void check_same_bits(const T* got, const T* wanted, size_t n, const std::string& what) {
+  for (size_t i = 0; i < n; ++i) {
+    if (std::memcmp(&got[i], &wanted[i], sizeof(T)) == 0) continue;
+    std::ostringstream text;
+    text.precision(17);
+    text << what << "[" << i << "] of " << n << ": " << got[i] << ", with one thread " << wanted[i];
+    fail(text.str());
+  }
+  ++passed;
+}
+
+int draw(Random& random, int least, int most) { return std::uniform_int_distribution<int>(least, most)(random); }
+double draw(Random& random, double least, double most) {
+  return std::uniform_real_distribution<double>(least, most)(random);
+}
+
+// Problems
+
+struct Problem {
+  std::string name;
+  int n_logical, n_ranks, group_size;
+  std::vector<int32_t> phy2log;
+  std::vector<int64_t> loads;
+  std::vector<double> speed;
+  std::unique_ptr<GroupTables> groups;
+};
+
+// Appends the slots of one group: experts first … first + n_experts - 1, every one on 1 to n_ranks different ranks.
+void place_group(Random& random, int first, int n_experts, int n_ranks, int slots, std::vector<int32_t>& phy2log) {
+  std::vector<int> copies(n_experts, 1);
+  for (int spare = n_ranks * slots - n_experts; spare > 0;) {
+    const int e = draw(random, 0, n_experts - 1);
+    const int added = std::min({draw(random, 1, n_ranks), spare, n_ranks - copies[e]});
+    copies[e] += added;
+    spare -= added;
+  }
+  // Dealt like cards, round after round: at most n_ranks copies in a row never meet on a rank.
+  std::vector<int32_t> held(n_ranks * slots);  // [n_ranks, slots]
+  int card = 0;
+  for (int e = 0; e < n_experts; ++e)
+    for (int c = 0; c < copies[e]; ++c, ++card) held[card % n_ranks * slots + card / n_ranks] = first + e;
+  const auto holds = [&](int r, int e) {
+    return std::find(&held[r * slots], &held[r * slots] + slots, e) != &held[r * slots] + slots;
+  };
+  for (int swap = 0; swap < 2 * n_ranks * slots; ++swap) {
+    const int a = draw(random, 0, n_ranks - 1), b = draw(random, 0, n_ranks - 1);
+    int32_t &mine = held[a * slots + draw(random, 0, slots - 1)], &yours = held[b * slots + draw(random, 0, slots - 1)];
+    if (!holds(a, yours) && !holds(b, mine)) std::swap(mine, yours);
+  }
+  phy2log.insert(phy2log.end(), held.begin(), held.end());
+}
+
+enum LoadKind { lognormal, one_hot, zeros, mostly_zeros, huge, few, kLoadKinds };
+constexpr const char* kLoadNames[] = {"lognormal", "one hot", "zeros", "mostly zeros", "huge", "few"};
+
+std::vector<int64_t> random_loads(Random& random, LoadKind kind, int n) {
+  std::vector<int64_t> loads(n, 0);
+  const int hot = draw(random, 0, n - 1);
+  std::lognormal_distribution<double> tokens(6.0, draw(random, 0.1, 2.0));
+  for (int e = 0; e < n; ++e) {
+    if (kind == lognormal) loads[e] = static_cast<int64_t>(tokens(random));
+    if (kind == one_hot) loads[e] = e == hot ? draw(random, 1, 1 << 20) : draw(random, 0, 20);
+    if (kind == mostly_zeros && draw(random, 0, 9) == 0) loads[e] = draw(random, 1, 5000);
+    if (kind == huge) loads[e] = draw(random, 0, 1000000000);
+    if (kind == few) loads[e] = draw(random, 0, 3);
+  }
+  return loads;
+}
+
+Problem random_problem(Random& random, int group_size, LoadKind kind) {
+  Problem p;
+  const int n_groups = group_size <= 16 ? draw(random, 1, 3) : 1;
+  const int slots = draw(random, 1, group_size <= 16 ? 8 : 4);
+  const int most = group_size * slots;
+  const int n_experts = draw(random, 0, 1) != 0 ? draw(random, slots, most) : std::max(slots, most - group_size);
+  p.group_size = group_size;
+  p.n_ranks = n_groups * group_size;
+  p.n_logical = n_groups * n_experts;
+  for (int g = 0; g < n_groups; ++g) place_group(random, g * n_experts, n_experts, group_size, slots, p.phy2log);
+  p.loads = random_loads(random, kind, p.n_logical);
+  p.speed.assign(p.n_ranks, 1.0);
+  const bool speeds = draw(random, 0, 2) == 0;
+  if (speeds)
+    for (double& v : p.speed) v = draw(random, 0.5, 2.0);
+  p.groups = std::make_unique<GroupTables>(p.phy2log, p.n_logical, p.n_ranks, group_size, p.speed);
+  std::ostringstream name;
+  name << n_groups << " x " << group_size << " ranks, " << n_experts << " experts in " << most << " slots, load "
+       << kLoadNames[kind] << (speeds ? ", speeds" : "");
+  p.name = name.str();
+  return p;
+}
+
+// Solving
+
+struct Solution {
+  std::vector<int32_t> quota;      // [n_physical]
+  std::vector<int64_t> rank_load;  // [n_ranks]
+  std::vector<Result> results;     // [n_groups]
+  std::vector<IterationRow> log;   // [n_groups, kMaxIterations + 1]
+  std::vector<double> split;       // [n_groups, n_physical] y, as far as the group has replicas
+
+  explicit Solution(const Problem& p)
+      : quota(p.phy2log.size(), -1),
+        rank_load(p.n_ranks, -1),
+        results(p.groups->size()),
+        log(p.groups->size() * (kMaxIterations + 1)),
+        split(p.groups->size() * p.phy2log.size()) {}
+};
+
+// Where solves work, filled with a pattern: a plan must not depend on what lies there.
+class Memory {
+ public:
+  Memory(size_t bytes, int pattern) : begin_(::operator new(bytes, kAlignment)) { std::memset(begin_, pattern, bytes); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { ::operator delete(begin_, kAlignment); }
+  std::byte* begin() { return static_cast<std::byte*>(begin_); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  void* begin_;
+};
+
+size_t solve_bytes(const Problem& p) {
+  size_t bytes = 0;
+  for (int g = 0; g < p.groups->size(); ++g) bytes = std::max(bytes, carve((*p.groups)[g], nullptr, nullptr));
+  return bytes;
+}
+
+// All groups, one after another in the same memory. Allocates nothing.
+template <class Team>
+void solve_problem(Team& team, const Problem& p, Solver solver, Memory& memory, Solution& out) {
+  for (int g = 0; g < p.groups->size(); ++g) {
+    const Group& group = (*p.groups)[g];
+    Workspace x;
+    carve(group, memory.begin(), &x);
+    const GroupPlan plan{out.quota.data(), out.rank_load.data(), &out.results[g]};
+    IterationRow* log = solver == Solver::ipm ? &out.log[g * (kMaxIterations + 1)] : nullptr;
+    solve_group(team, group, x, p.loads.data(), solver, plan, log);
+    if (team.rank() == team.size() - 1)  // another member than the one that rounds
+      std::copy(x.y, x.y + group.n_replicas, &out.split[g * p.phy2log.size()]);
+    team.sync();
+  }
+}
+
+Solution solve_alone(const Problem& p, Solver solver) {
+  Solution s(p);
+  Memory memory(solve_bytes(p), 0xFF);
+  Solo team;
+  const long before = allocations.load();
+  solve_problem(team, p, solver, memory, s);
+  const long during = allocations.load() - before;
+  check(during == 0, p.name + ": " + std::to_string(during) + " allocations while solving");
+  return s;
+}
+
+// What any plan must keep to, whoever made it. Optimality is compared with other solvers in tests/test_solve.py.
+void check_plan(const Problem& p, const Solution& s, const std::string& what) {
+  std::vector<int64_t> tokens(p.n_logical, 0), load(p.n_ranks, 0);
+  const int slots = static_cast<int>(p.phy2log.size()) / p.n_ranks;
+  for (size_t i = 0; i < p.phy2log.size(); ++i) {
+    if (s.quota[i] < 0) fail(what + ": quota " + std::to_string(s.quota[i]) + " of slot " + std::to_string(i));
+    tokens[p.phy2log[i]] += s.quota[i];
+    load[i / slots] += s.quota[i];
+  }
+  check(tokens == p.loads, what + ": the quotas of an expert do not add up to its load");
+  check(load == s.rank_load, what + ": the quotas of a rank do not add up to its load");
+  for (const Result& r : s.results) {
+    check(r.status == Status::solved, what + ": status " + std::to_string(static_cast<int>(r.status)));
+    check(r.gap >= 0.0 && static_cast<double>(r.max_load) >= r.lower_bound * (1.0 - 1e-9), what + ": certificate");
+  }
+}
+
+void check_same_solution(const Solution& got, const Solution& wanted, const std::string& what) {
+  check_same_bits(got.quota.data(), wanted.quota.data(), wanted.quota.size(), what + ": quota");
+  check_same_bits(got.rank_load.data(), wanted.rank_load.data(), wanted.rank_load.size(), what + ": rank_load");
+  check_same_bits(got.split.data(), wanted.split.data(), wanted.split.size(), what + ": y");
+  check_same_bits(&got.log[0].primal, &wanted.log[0].primal, kRowFields * wanted.log.size(), what + ": iteration table");
+  for (size_t g = 0; g < wanted.results.size(); ++g) {
+    const Result &r = got.results[g], &w = wanted.results[g];
+    check_same_bits(&r.max_load, &w.max_load, 1, what + ": max_load");
+    check_same_bits(&r.lower_bound, &w.lower_bound, 1, what + ": lower_bound");
+    check_same_bits(&r.gap, &w.gap, 1, what + ": gap");
+    check_same_bits(&r.iterations, &w.iterations, 1, what + ": iterations");
+    check(r.status == w.status, what + ": status");
+  }
+}
+
+// One team solves all problems, with both solvers, in the same memory.
+void compare_solutions(int size, double scale) {
+  Random random(1000 + size);
+  std::vector<Problem> problems;
+  double work = 0.0;
+  for (int i = 0; i < scale * kMostCases; ++i) {
+    const int group_size = kGroupSizes[i % std::size(kGroupSizes)];
+    if (i > 0 && work + group_size * size > scale * kWork) continue;  // the first, with 128 ranks, always
+    problems.push_back(random_problem(random, group_size, static_cast<LoadKind>(i % kLoadKinds)));
+    work += problems.back().n_ranks * size;
+  }
+
+  std::vector<Solution> alone, together;
+  size_t bytes = 0;
+  for (const Problem& p : problems) {
+    for (const Solver solver : {Solver::ipm, Solver::flow}) {
+      alone.push_back(solve_alone(p, solver));
+      together.emplace_back(p);
+      check_plan(p, alone.back(), p.name + (solver == Solver::ipm ? ", ipm" : ", flow"));
+    }
+    for (size_t g = 0; g < alone.back().results.size(); ++g) {
+      const int64_t ipm = alone[alone.size() - 2].results[g].max_load, flow = alone.back().results[g].max_load;
+      check(ipm == flow, p.name + ": max_load " + std::to_string(ipm) + " by ipm, " + std::to_string(flow) + " by flow");
+    }
+    bytes = std::max(bytes, solve_bytes(p));
+  }
+
+  Memory memory(bytes, 0x55);
+  run_team(size, [&](ThreadTeam& team) {
+    for (size_t i = 0; i < together.size(); ++i)
+      solve_problem(team, problems[i / 2], i % 2 == 0 ? Solver::ipm : Solver::flow, memory, together[i]);
+  });
+  for (size_t i = 0; i < together.size(); ++i)
+    check_same_solution(together[i], alone[i],
+                        std::to_string(size) + " threads, " + problems[i / 2].name + (i % 2 == 0 ? ", ipm" : ", flow"));
+}
+
+// The Cholesky by itself
+
+constexpr int kColumns = 2;
+
+struct System {
+  int n;
+  std::vector<double> m, rhs;  // column-major, symmetric; kColumns right-hand sides
+};
+
+// B·Bᵀ + shift·1 with rows of very different size, as late iterations have.
+System random_system(Random& random, int n) {
+  std::vector<double> b(n * n);
+  const double spread = draw(random, 0.0, 3.0);
+  for (int i = 0; i < n; ++i) {
+    const double size = std::exp(draw(random, -spread, spread));
+    for (int k = 0; k < n; ++k) b[i * n + k] = size * draw(random, -1.0, 1.0);
+  }
+  System s{n, std::vector<double>(n * n), std::vector<double>(kColumns * n)};
+  for (int j = 0; j < n; ++j)
+    for (int i = j; i < n; ++i) {
+      double sum = i == j ? 1e-3 : 0.0;
+      for (int k = 0; k < n; ++k) sum += b[i * n + k] * b[j * n + k];
+      s.m[j * n + i] = s.m[i * n + j] = sum;
+    }
+  for (double& x : s.rhs) x = draw(random, -1.0, 1.0);
+  return s;
+}
+
+// What a team leaves behind. `one` is the first column again, solved by itself.
+struct Factored {
+  std::vector<double> m, inv_d, x, one;
+  std::vector<int> answer;  // of every member
+
+  Factored(const System& s, int members)
+      : m(s.m), inv_d(s.n, -1.0), x(s.rhs), one(s.rhs.begin(), s.rhs.begin() + s.n), answer(members, -1) {
+    // only the lower triangle is input
+    for (int j = 0; j < s.n; ++j)
+      for (int i = 0; i < j; ++i) m[j * s.n + i] = std::numeric_limits<double>::quiet_NaN();
+  }
+};
+
+template <class Team>
+void factor_and_solve(Team& team, int n, Factored& f) {
+  const bool positive = factor(team, n, f.m.data(), f.inv_d.data());
+  f.answer[team.rank()] = positive;
+  if (!positive) return;
+  solve<kColumns>(team, n, f.m.data(), f.inv_d.data(), f.x.data());
+  solve<1>(team, n, f.m.data(), f.inv_d.data(), f.one.data());
+}
+
+void check_residual(const System& s, const Factored& f, const std::string& what) {
+  const int n = s.n;
+  for (int c = 0; c < kColumns; ++c)
+    for (int i = 0; i < n; ++i) {
+      double residual = -s.rhs[c * n + i], size = std::abs(s.rhs[c * n + i]);
+      for (int j = 0; j < n; ++j) {
+        residual += s.m[j * n + i] * f.x[c * n + j];
+        size += std::abs(s.m[j * n + i] * f.x[c * n + j]);
+      }
+      if (!(std::abs(residual) <= kResidual * n * size))
+        fail(what + ": residual " + std::to_string(residual / size) + " in row " + std::to_string(i));
+    }
+  check_same_bits(f.one.data(), f.x.data(), n, what + ": solve<1> against solve<2>");
+}
+
+void compare_factors(int size, double scale) {
+  Random random(2000 + size);
+  const int repeats = size <= 7 ? static_cast<int>(std::ceil(5 * scale)) : 1;
+  std::vector<System> systems;
+  for (int n = 8; n <= kMaxGroup; n += kPad)
+    for (int i = 0; i < repeats; ++i) systems.push_back(random_system(random, n));
+  const size_t n_positive = systems.size();
+  for (size_t i = 0; i < n_positive; i += repeats) {  // and the same sizes with a pivot that is not positive
+    System s = systems[i];
+    const int k = draw(random, 0, s.n - 1);
+    for (int j = 0; j < s.n; ++j) s.m[k * s.n + j] = s.m[j * s.n + k] = 0.0;
+    const double pivots[] = {0.0, -1.0, std::numeric_limits<double>::quiet_NaN()};
+    s.m[k * s.n + k] = pivots[draw(random, 0, 2)];
+    systems.push_back(s);
+  }
+
+  std::vector<Factored> together;
+  for (const System& s : systems) together.emplace_back(s, size);
+  run_team(size, [&](ThreadTeam& team) {
+    for (size_t i = 0; i < systems.size(); ++i) factor_and_solve(team, systems[i].n, together[i]);
+  });
+  for (size_t i = 0; i < systems.size(); ++i) {
+    const std::string what = std::to_string(size) + " threads, matrix of " + std::to_string(systems[i].n);
+    const bool positive = i < n_positive;
+    Factored alone(systems[i], 1);
+    Solo solo;
+    factor_and_solve(solo, systems[i].n, alone);
+    check(alone.answer[0] == positive, what + ": factor() alone says " + std::to_string(alone.answer[0]));
+    for (const int answer : together[i].answer)
+      check(answer == positive, what + ": factor() says " + std::to_string(answer) + " to a member");
+    if (!positive) continue;
+    check_residual(systems[i], alone, what);
+    check_same_bits(together[i].m.data(), alone.m.data(), alone.m.size(), what + ": L and U");
+    check_same_bits(together[i].inv_d.data(), alone.inv_d.data(), alone.inv_d.size(), what + ": 1/D");
+    check_same_bits(together[i].x.data(), alone.x.data(), alone.x.size(), what + ": two solutions");
+    check_same_bits(together[i].one.data(), alone.one.data(), alone.one.size(), what + ": one solution");
+  }
+}
+
+// Shares
+
+// Tokens k … k + steps - 1 of n for a replica with quota q, against the formula in split.h.
+void check_share(uint64_t q, uint64_t n, uint64_t k, uint64_t steps) {
+  constexpr int32_t kHit = 5, kMiss = 6;
+  Share share{0xDEADBEEF, static_cast<uint32_t>(q), static_cast<uint32_t>(n), kHit, kMiss};
+  std::ostringstream what;
+  what << "share of " << q << " in " << n << " from token " << k;
+  check(share.start_at(k) == k - k * q / n, what.str() + ": tokens that go on");
+  for (uint64_t i = k; i < k + steps && i < n; ++i) {
+    const bool takes = (i + 1) * q / n > i * q / n;  // products below 2^62
+    if (share.next() != (takes ? kHit : kMiss)) fail(what.str() + ": token " + std::to_string(i));
+  }
+  ++passed;
+}
+
+void check_shares(double scale) {
+  Random random(3000);
+  constexpr uint64_t kMost = std::numeric_limits<int32_t>::max();
+  const auto up_to = [&](uint64_t most) { return std::uniform_int_distribution<uint64_t>(0, most)(random); };
+  for (const uint64_t n : {uint64_t{1}, uint64_t{2}, kMost - 1, kMost})
+    for (const uint64_t q : {uint64_t{0}, uint64_t{1}, n / 2, n - 1, n})
+      for (const uint64_t k : {uint64_t{0}, uint64_t{1}, n / 2, n - 1, n}) check_share(q, n, k, 1000);
+  for (int i = 0; i < scale * 4000; ++i) {
+    const uint64_t n = 1 + up_to(kMost >> draw(random, 0, 30)) % kMost;
+    check_share(up_to(n), n, up_to(n), 200);
+  }
+}
+
+void check_counting() {
+  const long before = allocations.load();
+  void* volatile p = ::operator new(8);  // volatile, or g++ leaves the pair out
+  ::operator delete(p);
+  const long during = allocations.load() - before;
+  check(during == 1, "one operator new was counted as " + std::to_string(during));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const double scale = argc > 1 ? std::atof(argv[1]) : 1.0;
+  if (!(scale > 0.0 && scale <= 1000.0)) {
+    std::printf("scale %s, allowed is above 0 and up to 1000\n", argv[1]);
+    return 2;
+  }
+  check_counting();
+  check_shares(scale);
+  for (const int size : kTeamSizes) {
+    compare_factors(size, scale);
+    compare_solutions(size, scale);
+  }
+  std::printf("%ld passed, 0 failed\n", passed);
+  return 0;
+}
