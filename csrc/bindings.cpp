@@ -57,11 +57,12 @@ int64_t total(Address counts, int64_t stride, int n_ranks, int n_logical, Addres
 PYBIND11_MODULE(_C, m) {
   m.attr("max_group_size") = lplb::kMaxGroup;
   m.attr("max_iterations") = lplb::kMaxIterations;
-  m.attr("gap_tolerance") = 1e-4;
+  m.attr("gap_tolerance") = lplb::kGapTolerance;
   m.attr("log_fields") = py::make_tuple("objective", "bound", "gap", "mu", "step_primal", "step_dual");
   m.attr("instruction_set") = lplb::cpu::best_instruction_set().name;
   m.attr("cuda") = false;
-  m.def("total", &total, py::arg("counts"), py::arg("stride"), py::arg("n_ranks"), py::arg("n_logical"), py::arg("loads"));
+  m.def("total", &total, py::arg("counts"), py::arg("stride"), py::arg("n_ranks"), py::arg("n_logical"),
+        py::arg("loads"));
   py::class_<Planner>(m, "CpuPlanner")
       .def(py::init<const std::vector<int32_t>&, int, int, int, const std::vector<double>&, int>(), py::arg("phy2log"),
            py::arg("n_logical"), py::arg("n_ranks"), py::arg("group_size"), py::arg("speed"), py::arg("max_threads"))
@@ -72,5 +73,6 @@ PYBIND11_MODULE(_C, m) {
       .def("solve", &solve, py::arg("loads"), py::arg("batch"), py::arg("solver"), py::arg("out"), py::arg("log"),
            py::arg("threads"))
       .def("assign", &assign, py::arg("indices"), py::arg("index_bytes"), py::arg("chunks"), py::arg("prefix"),
-           py::arg("counts"), py::arg("stride"), py::arg("source"), py::arg("quota"), py::arg("physical"), py::arg("threads"));
+           py::arg("counts"), py::arg("stride"), py::arg("source"), py::arg("quota"), py::arg("physical"),
+           py::arg("threads"));
 }

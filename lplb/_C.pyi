@@ -1,7 +1,7 @@
 """The compiled backend. It takes addresses and sizes and checks nothing: `lplb.planner` does, before it calls.
 
-Addresses are those of contiguous arrays, 0 for none. ``chunks`` is ``(n, count, length)``: chunk ``i`` of ``n`` tokens
-is ``[i * length, (i + 1) * length)``, clipped. Every method but the constructor lets other Python threads run; a planner
+Addresses are those of contiguous arrays, 0 for none. ``chunks`` is ``(n, count, length)``: chunk ``i`` of ``n``
+tokens is ``[i * length, (i + 1) * length)``, clipped. Methods let other Python threads run; a planner
 serves one caller at a time. Nothing is allocated after construction.
 """
 
@@ -15,7 +15,7 @@ instruction_set: str
 cuda: bool
 
 def total(counts: int, stride: int, n_ranks: int, n_logical: int, loads: int) -> int:
-    """Sum ``counts`` int32 ``[n_ranks, n_logical]``, rows ``stride`` apart, into int64 ``loads``; return the largest."""
+    """Sum ``counts`` int32 (a row per rank, ``stride`` apart) into int64 ``loads``; return the largest sum."""
 
 class CpuPlanner:
     """A placement compiled for the CPU backend."""

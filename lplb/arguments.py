@@ -66,6 +66,7 @@ def checked_loads(workload: torch.Tensor, n_logical: int, device: torch.device) 
         )
     check_device("workload", workload, device)
     if workload.dtype.is_floating_point:
+        workload = workload.double()  # MOST_TOKENS is no float32
         odd = workload != workload.floor()  # true for NaN as well; an infinity is too large below
         if bool(odd.any()):
             raise ValueError(f"workload has {float(workload[odd][0])}, allowed are whole numbers of tokens")
@@ -77,12 +78,13 @@ def checked_loads(workload: torch.Tensor, n_logical: int, device: torch.device) 
     return workload.to(torch.int64).contiguous()
 
 
-def check_history(workload: torch.Tensor, n_logical: int) -> None:
-    """Refuse a load history of another type or shape; `rebalance_experts` checks its values."""
+def check_history(workload: torch.Tensor, n_logical: int, device: torch.device) -> None:
+    """Refuse a load history of another type, shape or device; `rebalance_experts` checks its values."""
     if not isinstance(workload, torch.Tensor):
         raise TypeError(f"workload is {seen(workload)}, allowed is a torch.Tensor")
     if workload.shape != (n_logical,):
         raise ValueError(f"workload has shape {list(workload.shape)}, allowed is [n_logical] = [{n_logical}]")
+    check_device("workload", workload, device)
 
 
 def checked_share(o_weight: torch.Tensor, shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
@@ -102,7 +104,10 @@ def checked_speeds(rank_speed: Sequence[float] | torch.Tensor | None, n_ranks: i
     """Return one positive speed per rank; 1 by default."""
     if rank_speed is None:
         return [1.0] * n_ranks
-    speed = torch.as_tensor(rank_speed, dtype=torch.float64).cpu()
+    try:
+        speed = torch.as_tensor(rank_speed, dtype=torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"rank_speed is {rank_speed!r}, allowed are {n_ranks} numbers") from error
     if speed.shape != (n_ranks,):
         raise ValueError(f"rank_speed has shape {list(speed.shape)}, allowed is [n_ranks] = [{n_ranks}]")
     odd = ~((speed >= 1e-6) & (speed <= 1e6))

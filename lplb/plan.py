@@ -95,6 +95,8 @@ class Plan:
     def __str__(self) -> str:
         """One line: size, solver, worst imbalance and gap, status."""
         n_loads = self.rank_load.numel() // self.rank_load.shape[-1]
+        if n_loads == 0:
+            return f"Plan(0 loads on {self.rank_load.shape[-1]} ranks, {self.solver})"
         status = ", ".join(SolveStatus(s).name.lower() for s in sorted(set(self.status.flatten().tolist())))
         return (
             f"Plan({n_loads} load{'s' * (n_loads != 1)} on {self.rank_load.shape[-1]} ranks, {self.solver}: "
@@ -119,7 +121,7 @@ def empty_plan(batch: Sequence[int], n_physical: int, n_ranks: int, n_groups: in
 
 def checked_solver(solver: str) -> str:
     """Return the solver's name, or refuse it."""
-    if solver not in SOLVERS:
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}, allowed is 'ipm' or 'flow'")
     return solver
 

@@ -12,6 +12,7 @@ from lplb.arguments import (
     MOST_TOKENS,
     check_backend,
     check_counter,
+    check_device,
     check_divides,
     check_history,
     check_indices,
@@ -167,8 +168,8 @@ class Planner:
         self._has_plan = False
 
     def _set_device(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
-        check_backend("device", self.device)
+        check_backend("device", torch.device(device))
+        self.device = torch.empty(0, device=device).device  # as tensors name it: "cpu" for "cpu:0"
 
     def _set_ranks(self, ep_size: int | None, ranks_per_node: int | None) -> None:
         size = None if self.ep_group is None else self._exchange.size
@@ -184,7 +185,7 @@ class Planner:
         self.ranks_per_node = whole_number("ranks_per_node", ranks_per_node, 1)
 
     def _set_layout(self, r2o: torch.Tensor, n_physical: int, n_logical: int) -> None:
-        self.r2o = r2o.to(self.device, torch.int32).contiguous()
+        self.r2o = r2o.to(self.device, torch.int32, copy=True).contiguous()
         self.o2r = self.r2o.argsort(dim=0).int()
         self.group_size, self.num_redundants = self.r2o.shape
         self.n_routed_experts = whole_number("n_routed_experts", n_physical, 1)
@@ -326,16 +327,15 @@ class Planner:
             except BaseException:
                 self.__dict__.update(before)
                 raise
-        return self.phy2log, self._original_first().int(), self.placement.logcnt.clone()
+        return self.phy2log.clone(), self._original_first().int(), self.placement.logcnt.clone()
 
     def _packed_order(self, workload: torch.Tensor) -> torch.Tensor:
-        check_history(workload, self.n_logical_routed_experts)
-        loads = workload.cpu()
+        check_history(workload, self.n_logical_routed_experts, self.device)
         n_nodes = max(1, self.ep_size // self.ranks_per_node)
-        order = rebalance_experts(loads[None], self.n_logical_routed_experts, self.n_group, n_nodes, self.ep_size)[
+        order = rebalance_experts(workload[None], self.n_logical_routed_experts, self.n_group, n_nodes, self.ep_size)[
             0
         ].view(self.ep_size, -1)
-        heaviest_first = loads[order].argsort(dim=1, descending=True, stable=True)
+        heaviest_first = workload[order].argsort(dim=1, descending=True, stable=True)
         return order.gather(1, heaviest_first).flatten()
 
     def _original_first(self) -> torch.Tensor:
@@ -438,10 +438,13 @@ class Planner:
         check_indices(idx, self.device)
         n_sms = whole_number("n_sms", n_sms, 1)
         count, prefix = self.count_workload(idx, n_sms)
-        if not isinstance(local_workload_by_sm, torch.Tensor) or not torch.equal(local_workload_by_sm, prefix):
+        by_sm = local_workload_by_sm
+        if isinstance(by_sm, torch.Tensor):
+            check_device("local_workload_by_sm", by_sm, self.device)
+        if not isinstance(by_sm, torch.Tensor) or by_sm.dtype != prefix.dtype or not torch.equal(by_sm, prefix):
             raise ValueError(
                 f"local_workload_by_sm is not what count_workload(idx, {n_sms}) returns: "
-                f"{seen(local_workload_by_sm)}, allowed is int32 {list(prefix.shape)} with the counts of idx"
+                f"{seen(by_sm)}, allowed is int32 {list(prefix.shape)} with the counts of idx"
             )
         share = checked_share(o_weight, (self.n_group, self.group_size, self.num_redundants), self.device)
         own = self.phy2log.view(self.n_group, self.group_size, -1).long()
@@ -564,7 +567,7 @@ class Planner:
         address = log.data_ptr() if n_loads == 1 else 0
         solved = self._backend.solve(loads.data_ptr(), n_loads, SOLVERS[solver], addresses, address, 1)
         size = f"{self.ep_size} ranks in {self.n_group} groups of {self.group_size}, {self.placement}"
-        print(report(size, int(loads.sum()), plan, log if n_loads == 1 else None))
+        print(report(size, int(loads.sum()), plan, log if loads.dim() == 1 else None))
         return solved
 
     def _assign(

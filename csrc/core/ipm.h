@@ -17,7 +17,6 @@
 namespace lplb {
 inline namespace LPLB_ISA {
 
-inline constexpr double kGapTolerance = 1e-4;
 inline constexpr double kStepToBoundary = 0.99;
 inline constexpr double kStartAbove = 1.05;  // t at the start, over the even split's maximum
 
@@ -209,9 +208,8 @@ LPLB_HD inline Steps step_lengths(Team& team, const Group& g, const Workspace& x
 // Σ y_p z_p + Σ s_r u_r after the given steps.
 template <class Team>
 LPLB_HD inline double complementarity(Team& team, const Group& g, const Workspace& x, Steps a) {
-  return team.sum(n_pairs(g), [x, a](int i) {
-    return x.on[i] * ((x.y[i] + a.primal * x.dy[i]) * (x.z[i] + a.dual * x.dz[i]));
-  });
+  return team.sum(n_pairs(g),
+                  [x, a](int i) { return x.on[i] * ((x.y[i] + a.primal * x.dy[i]) * (x.z[i] + a.dual * x.dz[i])); });
 }
 
 template <class Team>

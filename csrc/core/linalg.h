@@ -13,6 +13,7 @@
 namespace lplb {
 inline namespace LPLB_ISA {
 
+#ifndef __CUDACC__
 #define LPLB_INLINE inline __attribute__((always_inline))
 
 namespace solo {
@@ -124,14 +125,17 @@ static LPLB_INLINE void solve(int n, const double* m, const double* inv_d, doubl
 }
 
 }  // namespace solo
+#endif  // __CUDACC__
 
 // In place; false when a pivot is not positive (M is then overwritten in part). All members get the same answer.
 template <class Team>
 LPLB_HD inline bool factor(Team& team, int n, double* m, double* inv_d) {
+#ifndef __CUDACC__
   if constexpr (Team::kSolo) {
     if (n == 8) return solo::factor(8, m, inv_d);  // a size the compiler can unroll
     return solo::factor(n, m, inv_d);
   }
+#endif
   for (int k = 0; k < n; ++k) {
     const double* col = m + k * n;
     const double d = col[k];
@@ -157,10 +161,12 @@ LPLB_HD inline bool factor(Team& team, int n, double* m, double* inv_d) {
 // Solves M·x = b in place for kRhs right-hand sides b[r·n … r·n + n).
 template <int kRhs, class Team>
 LPLB_HD inline void solve(Team& team, int n, const double* m, const double* inv_d, double* b) {
+#ifndef __CUDACC__
   if constexpr (Team::kSolo) {
     if (n == 8) return solo::solve<kRhs>(8, m, inv_d, b);
     return solo::solve<kRhs>(n, m, inv_d, b);
   }
+#endif
   for (int k = 0; k < n - 1; ++k) {
     const double* col = m + k * n;
     for (int r = 0; r < kRhs; ++r) {

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "team.h"
@@ -21,23 +22,24 @@ constexpr int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
 
 inline constexpr int kMaxGroup = 128;  // ranks per group: two 64-bit words in a RankSet
 inline constexpr int kMaxIterations = 20;
+inline constexpr double kGapTolerance = 1e-4;
 
 struct Group {
   int n_ranks, n_padded, n_experts, n_replicas, n_singles;
-  int first_rank;                  // of the group, in the placement
-  bool unit_speed;                 // every v_r is 1
-  const int32_t* expert_begin;     // [n_experts + 1] first replica of an expert
-  const int32_t* expert_logical;   // [n_experts]
-  const int32_t* replica_rank;     // [n_replicas]
-  const int32_t* replica_expert;   // [n_replicas]
-  const int32_t* replica_slot;     // [n_replicas] physical expert
-  const int32_t* rank_begin;       // [n_ranks + 1] into rank_replica
-  const int32_t* rank_replica;     // [n_replicas] the replicas of a rank, ascending
-  const int32_t* single_begin;     // [n_ranks + 1] into single_*
-  const int32_t* single_logical;   // [n_singles]
-  const int32_t* single_slot;      // [n_singles] physical expert
-  const uint64_t* expert_ranks;    // [n_experts, 2] the ranks that hold an expert, as a set
-  const double* speed;             // [n_ranks] v_r
+  int first_rank;                 // of the group, in the placement
+  bool unit_speed;                // every v_r is 1
+  const int32_t* expert_begin;    // [n_experts + 1] first replica of an expert
+  const int32_t* expert_logical;  // [n_experts]
+  const int32_t* replica_rank;    // [n_replicas]
+  const int32_t* replica_expert;  // [n_replicas]
+  const int32_t* replica_slot;    // [n_replicas] physical expert
+  const int32_t* rank_begin;      // [n_ranks + 1] into rank_replica
+  const int32_t* rank_replica;    // [n_replicas] the replicas of a rank, ascending
+  const int32_t* single_begin;    // [n_ranks + 1] into single_*
+  const int32_t* single_logical;  // [n_singles]
+  const int32_t* single_slot;     // [n_singles] physical expert
+  const uint64_t* expert_ranks;   // [n_experts, 2] the ranks that hold an expert, as a set
+  const double* speed;            // [n_ranks] v_r
 };
 
 enum class Status : int32_t { solved = 0, iteration_limit = 1, numerical = 2 };
@@ -47,7 +49,6 @@ enum class Solver : int32_t { ipm = 0, flow = 1 };
 struct IterationRow {
   double primal, dual, gap, mu, step_primal, step_dual;
 };
-inline constexpr int kRowFields = 6;
 
 // What a solve says about one group.
 struct Result {
@@ -60,14 +61,14 @@ struct Result {
 
 // Where one solve works; every pointer has the size its Group asks for. Nothing is kept between solves.
 struct Workspace {
-  double *a, *b, *rhs;                               // per rank, padded; rhs has two columns
-  double *w, *inv_sigma, *q;                         // per expert
-  double *on, *y, *z, *h, *dy, *dz, *extra;          // per complementary pair: replicas, then ranks
-  double *m, *inv_d;                                 // the matrix in the ranks
+  double *a, *b, *rhs;                                            // per rank, padded; rhs has two columns
+  double *w, *inv_sigma, *q;                                      // per expert
+  double *on, *y, *z, *h, *dy, *dz, *extra;                       // per complementary pair: replicas, then ranks
+  double *m, *inv_d;                                              // the matrix in the ranks
   int64_t *tokens, *single_tokens, *rank_tokens, *rank_capacity;  // per expert; the others per rank
-  int64_t* quota;                                    // per replica
-  double *rank_load, *rank_limit;                    // per rank: the flow solver's fractional loads and capacities
-  uint64_t* reach;                                   // [n_ranks, 2] where a rank can send tokens at once
+  int64_t* quota;                                                 // per replica
+  double *rank_load, *rank_limit;  // per rank: the flow solver's fractional loads and capacities
+  uint64_t* reach;                 // [n_ranks, 2] where a rank can send tokens at once
 };
 
 inline size_t carve(const Group& g, std::byte* base, Workspace* ws) {

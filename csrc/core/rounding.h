@@ -13,11 +13,13 @@ struct WholeOutcome {
 
 namespace rounding {
 
-inline constexpr double kBoundNoise = 1e-9;    // a bound may be this much too high in its last digits
-inline constexpr double kFloorNoise = 1e-12;   // so that ⌊(k / v)·v⌋ is k
+inline constexpr double kBoundNoise = 1e-9;   // a bound may be this much too high in its last digits
+inline constexpr double kFloorNoise = 1e-12;  // so that ⌊(k / v)·v⌋ is k
+inline constexpr double kMostTokens = 9007199254740992.0;  // 2^53: more than there are, and 128 of them fit in 64 bits
 
 LPLB_HD inline int64_t capacity(double level, double speed) {
-  return static_cast<int64_t>(std::floor(level * speed * (1.0 + kFloorNoise)));
+  const double tokens = std::floor(level * speed * (1.0 + kFloorNoise));
+  return static_cast<int64_t>(tokens < kMostTokens ? tokens : kMostTokens);
 }
 
 // The least level, not below `level`, at which the ranks in `set` can hold `tokens` whole tokens.

@@ -73,7 +73,8 @@ LPLB_HD inline void solve_group(Team& team, const Group& g, const Workspace& x, 
   }
   team.sync();
   team.each(g.n_replicas, [&](int p) { plan.quota[g.replica_slot[p]] = static_cast<int32_t>(x.quota[p]); });
-  team.each(g.n_singles, [&](int i) { plan.quota[g.single_slot[i]] = static_cast<int32_t>(loads[g.single_logical[i]]); });
+  team.each(g.n_singles,
+            [&](int i) { plan.quota[g.single_slot[i]] = static_cast<int32_t>(loads[g.single_logical[i]]); });
   team.each(g.n_ranks, [&](int r) { plan.rank_load[g.first_rank + r] = x.rank_tokens[r]; });
   team.sync();
 }

@@ -36,6 +36,8 @@ inline namespace LPLB_ISA {
 #define LPLB_INDEPENDENT
 #endif
 
+#ifndef __CUDACC__  // teams of host threads are compiled by the host's compiler alone
+
 // Four doubles: one register with AVX2, two where registers are narrower.
 typedef double Vec __attribute__((vector_size(32)));
 inline constexpr int kVec = 4;
@@ -119,6 +121,8 @@ struct Solo {
     return fixed_max(n, f);
   }
 };
+
+#endif  // __CUDACC__
 
 }  // namespace LPLB_ISA
 }  // namespace lplb

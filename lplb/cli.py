@@ -1,0 +1,56 @@
+"""The command ``lplb``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lplb import __version__
+
+__all__ = ["main"]
+
+_DEMO_NEEDS = ("rich", "matplotlib")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments after the program's name; by default those of the process.
+
+    Returns:
+        The exit status: 0, 1 when something failed, 2 when something is missing. Wrong usage exits with 2.
+    """
+    parser = argparse.ArgumentParser(prog="lplb", description="Load balancing for Mixture-of-Experts expert parallelism")
+    parser.add_argument("--version", action="version", version=f"lplb {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_demo(commands.add_parser("demo", help="replay the recorded router trace on simulated ranks, on the CPU"))
+    arguments = parser.parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[8, 32], choices=[8, 16, 32], help="simulated ranks (default: 8 32)"
+    )
+    parser.add_argument("--batches", type=int, metavar="N", help="only the first N of the trace's 240 batches")
+    parser.add_argument(
+        "--picture", default="lplb-demo.png", metavar="PATH", help="where the picture goes (default: ./lplb-demo.png)"
+    )
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from lplb import demo
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in _DEMO_NEEDS:
+            raise
+        print(f'lplb demo needs {" and ".join(_DEMO_NEEDS)}: pip install "lplb[demo]"', file=sys.stderr)
+        return 2
+    try:
+        demo.run_demo(arguments.ranks, arguments.batches, arguments.picture)
+    except (demo.CheckFailed, ValueError, OSError) as error:
+        print(f"lplb demo: {error}", file=sys.stderr)
+        return 1
+    return 0
