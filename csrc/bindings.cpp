@@ -52,6 +52,13 @@ int64_t total(Address counts, int64_t stride, int n_ranks, int n_logical, Addres
   return lplb::cpu::total({at<const int32_t>(counts), stride}, n_ranks, n_logical, at<int64_t>(loads));
 }
 
+void add(Address counter, int bytes, int64_t value) {
+  if (bytes == 8)
+    *at<int64_t>(counter) += value;
+  else
+    *at<int32_t>(counter) += static_cast<int32_t>(value);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -63,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda") = false;
   m.def("total", &total, py::arg("counts"), py::arg("stride"), py::arg("n_ranks"), py::arg("n_logical"),
         py::arg("loads"));
+  m.def("add", &add, py::arg("counter"), py::arg("bytes"), py::arg("value"));
   py::class_<Planner>(m, "CpuPlanner")
       .def(py::init<const std::vector<int32_t>&, int, int, int, const std::vector<double>&, int>(), py::arg("phy2log"),
            py::arg("n_logical"), py::arg("n_ranks"), py::arg("group_size"), py::arg("speed"), py::arg("max_threads"))

@@ -17,6 +17,9 @@ cuda: bool
 def total(counts: int, stride: int, n_ranks: int, n_logical: int, loads: int) -> int:
     """Sum ``counts`` int32 (a row per rank, ``stride`` apart) into int64 ``loads``; return the largest sum."""
 
+def add(counter: int, bytes: int, value: int) -> None:
+    """Add to one int32 or int64."""
+
 class CpuPlanner:
     """A placement compiled for the CPU backend."""
 

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 when something failed, 2 when something is missing. Wrong usage exits with 2.
     """
-    parser = argparse.ArgumentParser(prog="lplb", description="Load balancing for Mixture-of-Experts expert parallelism")
+    parser = argparse.ArgumentParser(prog="lplb", description="Certified load balancing for expert parallelism")
     parser.add_argument("--version", action="version", version=f"lplb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_demo(commands.add_parser("demo", help="replay the recorded router trace on simulated ranks, on the CPU"))

@@ -6,14 +6,17 @@ all-gather. What all ranks return is checked against the plan, batch by batch. `
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -29,7 +32,7 @@ from lplb.plan import Plan
 from lplb.planner import Planner
 from lplb.trace import RouterTrace, load_trace
 
-__all__ = ["CheckFailed", "Replay", "SimulatedRanks", "place", "picture", "replay", "run_demo", "split_evenly", "table"]
+__all__ = ["CheckFailed", "Replay", "SimulatedRanks", "picture", "place", "replay", "run_demo", "split_evenly", "table"]
 
 NONE, EVEN, LPLB, LP = "no balancing", "EPLB, even splits", "LPLB topology", "LP on EPLB placement"
 METHODS = (NONE, EVEN, LPLB, LP)
@@ -74,6 +77,11 @@ class Replay:
     micros: dict[str, npt.NDArray[np.float64]]
     """By method that has a planner: microseconds of each `Planner.run`, one after the other."""
 
+    @property
+    def first_counted(self) -> int:
+        """The first batch that figures count, for all methods alike: the one with the first history, if there is."""
+        return REFRESH if len(self.domain) > REFRESH else 0
+
     def imbalance(self, method: str) -> npt.NDArray[np.float64]:
         """Largest over mean rank load of each batch and layer, ``[batches, layers]``."""
         loads = self.loads[method]
@@ -97,7 +105,7 @@ def place(history: torch.Tensor, n_slots: int, n_ranks: int) -> Placement:
     as every rank has it, the packing of the others is the same for any load of it.
 
     Args:
-        history: load of each logical expert, ``[n_logical]``.
+        history: tokens of each logical expert, ``[n_logical]``.
         n_slots: physical experts on all ranks.
         n_ranks: number of ranks.
     """
@@ -106,7 +114,8 @@ def place(history: torch.Tensor, n_slots: int, n_ranks: int) -> Placement:
         phy2log, _, count = rebalance_experts(weight, n_slots, 1, 1, n_ranks)
         if int(count.max()) <= n_ranks:
             break
-        weight = torch.where(count > n_ranks, weight * (n_ranks / (count + 1)), weight)
+        lowered = torch.where(count > n_ranks, weight * (n_ranks / (count + 1)), weight)
+        weight = lowered.clamp_min(1)  # an idle expert must be able to take the slot
     return Placement(spread_copies(phy2log, n_ranks, weight)[0], n_ranks, history.numel())
 
 
@@ -205,16 +214,17 @@ def check(planner: Planner, chosen: torch.Tensor, physical: torch.Tensor, plans:
             f"which is expert {int(planner.phy2log[slot])}"
         )
     got = physical.flatten().bincount(minlength=n_slots)
-    for rank, plan in enumerate(plans):
-        if not torch.equal(got, plan.quota.long()):
-            slot = int((got != plan.quota).nonzero()[0])
-            raise CheckFailed(
-                f"physical expert {slot} got {int(got[slot])} tokens, rank {rank} planned {int(plan.quota[slot])}"
-            )
-        if not torch.equal(plan.rank_load, got.view(planner.ep_size, -1).sum(1)):
-            raise CheckFailed(f"rank {rank} planned rank loads {plan.rank_load.tolist()}, which its quotas do not give")
-        if not bool((plan.lower_bound <= plan.max_load).all()):
-            raise CheckFailed(f"max_load {plan.max_load.tolist()} is below the bound {plan.lower_bound.tolist()}")
+    quota = torch.stack([plan.quota for plan in plans])
+    wrong = (quota != got).nonzero()
+    if len(wrong):
+        rank, slot = wrong[0].tolist()
+        raise CheckFailed(f"physical expert {slot} got {got[slot]} tokens, rank {rank} planned {quota[rank, slot]}")
+    load = torch.stack([plan.rank_load for plan in plans])
+    if bool((load != got.view(planner.ep_size, -1).sum(1)).any()):
+        raise CheckFailed(f"the ranks planned rank loads {load.tolist()}, which the quotas do not give")
+    bound, reached = (torch.stack([getattr(plan, name) for plan in plans]) for name in ("lower_bound", "max_load"))
+    if bool((bound > reached).any()):
+        raise CheckFailed(f"max_load {reached.tolist()} is below lower_bound {bound.tolist()}")
 
 
 # ---- the replay
@@ -229,7 +239,7 @@ class _Layer:
         r2o = TOPOLOGIES[n_ranks][1]()
         self.lplb = SimulatedRanks(lambda rank: Planner(r2o, self.n_slots, n_logical, group=rank), n_ranks)
         self.lp_micros: list[float] = []
-        self._use(place(torch.ones(n_logical), self.n_slots, n_ranks))
+        self._use(self.lplb.planners[0].placement)
 
     def refresh(self, history: torch.Tensor) -> None:
         """Place the experts anew by what the past batches asked for, ``[n_logical]``."""
@@ -263,13 +273,26 @@ class _Layer:
         return {NONE: np.ones(self.placement.n_logical, dtype=bool), EVEN: first, LPLB: own, LP: first}
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: the tensors are so small that waking others costs more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def replay(
     trace: RouterTrace, n_ranks: int, n_batches: int | None = None, on_batch: Callable[[], object] | None = None
 ) -> Replay:
     """Replay a trace on simulated ranks with every method.
 
     The tokens of a batch are dealt out in blocks, one per rank. EPLB's and LPLB's placements are made every `REFRESH`
-    batches from the loads of the `WINDOW` batches before, each layer by itself; the first ones know no load.
+    batches from the loads of the `WINDOW` batches before, each layer by itself. Until there is a history, both use the
+    topology with the experts in order.
 
     Args:
         trace: what the router chose; 1,024 tokens and 64 experts can be dealt to 8, 16 and 32 ranks.
@@ -331,43 +354,61 @@ def table(replays: Sequence[Replay]) -> Table:
     """Return the results of one or more replays as one table, a section for each."""
     first = replays[0]
     n_batches, n_layers, _ = first.loads[NONE].shape
-    shown = Table(title=f"Rank loads over {n_batches} batches × {n_layers} layers of the router trace")
+    span = f"batches {first.first_counted} to {n_batches - 1}"
+    shown = Table(title=f"Rank loads of the router trace, {span}, {n_layers} layers")
     shown.add_column("")
     for name in ("imbalance\nmean", "imbalance\nworst", "tokens\nmoved", "plan time\n(median)"):
         shown.add_column(name, justify="right")
     for result in replays:
-        choices = int(result.loads[NONE].sum())
+        counted = slice(result.first_counted, None)
+        choices = int(result.loads[NONE][counted].sum())
         graph = TOPOLOGIES[result.n_ranks][0]
         shown.add_row(f"[bold]{result.n_ranks} ranks, {result.n_slots} slots")
         for method in METHODS:
             name = f"{method} ({graph})" if method == LPLB else method
-            ratio = result.imbalance(method)
-            moved = f"{result.moved[method].sum() / choices:.1%}"
+            ratio = result.imbalance(method)[counted]
+            moved = f"{result.moved[method][counted].sum() / choices:.1%}"
             micros = f"{np.median(result.micros[method]):.0f} µs" if method in result.micros else "-"
             style = "green" if method == LP else None
             shown.add_row(f"  {name}", f"{ratio.mean():.3f}", f"{ratio.max():.3f}", moved, micros, style=style)
-        ratio = result.bound_imbalance
+        ratio = result.bound_imbalance[counted]
         shown.add_row("  certified lower bound", f"{ratio.mean():.3f}", f"{ratio.max():.3f}", "-", "-", style="dim")
         shown.add_section()
     return shown
 
 
-def notes(first: Replay) -> str:
+_NOTES = (
+    (
+        "imbalance",
+        f"Busiest rank's tokens / mean over ranks. All are planned and checked, but the first {REFRESH} batches, which "
+        "have no history, are not counted for any method.",
+    ),
+    (
+        "tokens moved",
+        "Share of token choices served by a copy that is not the expert's first (LPLB: by a redundant slot). "
+        "Moving the experts themselves is not counted.",
+    ),
+    (
+        "plan time",
+        "One Planner.run of one rank on one core of this machine; a copy of known counts stands in for the all-gather.",
+    ),
+    ("lower bound", "No split of the tokens over the EPLB placement has a smaller maximum; from the LP's dual."),
+    (
+        "placements",
+        f"No balancing: one slot per expert, in order. The others: {SPARE_SLOTS} spare slots per rank, remade every "
+        f"{REFRESH} batches from the loads of the {WINDOW} before; until then all use the topology, experts in order.",
+    ),
+)
+
+
+def notes() -> Table:
     """Return what the words in the table mean."""
-    n_logical = first.n_slots - SPARE_SLOTS * first.n_ranks
-    return "\n".join(
-        (
-            "imbalance    busiest rank's tokens / mean over ranks; all batches and layers count, warm-up included.",
-            "tokens moved share of token choices served by a copy that is not the expert's first",
-            "             (LPLB: by a redundant slot). Moving experts at a refresh is not counted.",
-            "plan time    one Planner.run of one rank on this CPU, a table lookup in place of the all-gather.",
-            "lower bound  no split of the tokens over the EPLB placement has a smaller maximum, whole tokens or not.",
-            f"placements   no balancing: one slot for each of {n_logical} experts, in order. Others: {SPARE_SLOTS} spare "
-            f"slots per rank,",
-            f"             remade every {REFRESH} batches from the {WINDOW} before (never from the future); "
-            f"the first {REFRESH} know nothing.",
-        )
-    )
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold dim", no_wrap=True)
+    grid.add_column(style="dim")
+    for word, meaning in _NOTES:
+        grid.add_row(word, meaning)
+    return grid
 
 
 _INK, _FADED = "#24292f", "#6e7781"
@@ -401,6 +442,7 @@ def picture(result: Replay, path: str | os.PathLike[str], layer: int | None = No
     _mark_domains(before, result.domain, named=True)
     for axes in (after, lines):
         _mark_domains(axes, result.domain, named=False)
+    _mark_refreshes(after, len(result.domain))
     lines.set_xlabel("batch", fontsize=11, color=_INK)
     figure.savefig(path)
 
@@ -412,10 +454,10 @@ def _heat(axes: Axes, result: Replay, layer: int, method: str, title: str) -> Ax
     image = axes.imshow(
         ratio, aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(1, 0, 3), interpolation="nearest", origin="lower"
     )
-    worst = result.imbalance(method)[:, layer]
+    busiest = result.imbalance(method)[result.first_counted :, layer].mean()
     axes.set_title(title, fontsize=12, color=_INK, loc="left", pad=22 if method == NONE else 6)
     axes.set_title(
-        f"busiest rank: {worst.mean():.2f}× the mean",
+        f"busiest rank: {busiest:.2f}× the mean",
         fontsize=12,
         color=_COLORS[method],
         loc="right",
@@ -423,7 +465,7 @@ def _heat(axes: Axes, result: Replay, layer: int, method: str, title: str) -> Ax
         fontweight="bold",
     )
     axes.set_ylabel("rank", fontsize=11, color=_INK)
-    axes.tick_params(labelbottom=False, labelsize=10)
+    axes.tick_params(bottom=False, labelbottom=False, labelsize=10)
     return image
 
 
@@ -433,9 +475,10 @@ def _lines(axes: Axes, result: Replay, layer: int) -> None:
     for method in METHODS:
         ratio = result.imbalance(method)[:, layer]
         width = 2.0 if method == LP else 1.3
-        axes.plot(batches, ratio, color=_COLORS[method], linewidth=width, label=f"{method}: {ratio.mean():.2f}")
+        label = f"{method}: {ratio[result.first_counted :].mean():.2f}"
+        axes.plot(batches, ratio, color=_COLORS[method], linewidth=width, label=label)
     bound = result.bound_imbalance[:, layer]
-    label = f"certified lower bound: {bound.mean():.2f}"
+    label = f"certified lower bound: {bound[result.first_counted :].mean():.2f}"
     axes.plot(batches, bound, color=_INK, linewidth=1, linestyle=(0, (2, 2)), label=label)
     axes.set_xlim(-0.5, len(batches) - 0.5)
     axes.set_ylim(bottom=1)
@@ -457,6 +500,30 @@ def _mark_domains(axes: Axes, domain: Sequence[str], *, named: bool) -> None:
             offset: dict[str, Any] = {"xytext": (0, 5), "textcoords": "offset points"}
             name = domain[start].replace("prose-code", "prose → code")
             axes.annotate(name, **place, **offset, ha="center", fontsize=10, color=_FADED)
+
+
+def _mark_refreshes(axes: Axes, n_batches: int) -> None:
+    """Mark under the axes where the experts were placed anew."""
+    at = np.arange(REFRESH, n_batches, REFRESH) - 0.5
+    marks = axes.plot(at, np.full(len(at), -0.035), "^", color=_FADED, markersize=5, clip_on=False)
+    marks[0].set_transform(axes.get_xaxis_transform())
+    axes.set_xlabel(
+        f"▲ experts placed anew, from the {WINDOW} batches before; until the first there is no history (not counted)",
+        fontsize=10,
+        color=_FADED,
+        loc="right",
+        labelpad=11,
+    )
+
+
+def _check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a picture that could not be written, before the work."""
+    folder, name = os.path.split(os.path.abspath(path))
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"the picture's folder {folder} does not exist")
+    if os.path.splitext(name)[1].lstrip(".").lower() not in formats:
+        raise ValueError(f"the picture's name is {name!r}, allowed is one that ends in .{', .'.join(formats)}")
 
 
 def run_demo(
@@ -481,6 +548,7 @@ def run_demo(
         CheckFailed: a planner did not return what it planned.
         OSError: the picture cannot be written.
     """
+    _check_writable(path)
     console = console or Console()
     start = time.perf_counter()
     trace = load_trace()
@@ -491,11 +559,13 @@ def run_demo(
         tasks = [progress.add_task(f"{n} ranks", total=n_batches, start=False) for n in ranks]
         for n_ranks, task in zip(ranks, tasks, strict=True):
             progress.start_task(task)
-            replays.append(replay(trace, n_ranks, n_batches, lambda task=task: progress.advance(task)))
+            replays.append(replay(trace, n_ranks, n_batches, partial(progress.advance, task)))
     console.print(table(replays))
-    console.print(notes(replays[0]), style="dim", highlight=False)
+    console.print(notes())
     runs = sum(micros.size for result in replays for micros in result.micros.values())
     console.print(f"Checked: {runs:,} planner runs, each index of the expert asked for, loads equal to quotas.")
     picture(replays[-1], path)
-    console.print(f"Picture: {os.path.abspath(path)}  ({time.perf_counter() - start:.0f} s)", soft_wrap=True)
+    console.print(
+        f"Picture: {os.path.abspath(path)}  ({time.perf_counter() - start:.0f} s)", soft_wrap=True, markup=False
+    )
     return replays

@@ -1,7 +1,7 @@
 """How every rank learns every rank's counts, and that no rank raises alone.
 
-An exchange gathers rows: each rank fills its own row of an int32 table ``[size, columns]`` and gets all others. The
-last columns carry an error word and a fingerprint, so that a refusal on one rank is raised on all of them.
+An exchange gathers rows: each rank gives an int32 row and gets the table of all ranks' rows. The last columns carry an
+error word and a fingerprint, so that a refusal on one rank is raised on all of them.
 """
 
 import hashlib
@@ -30,8 +30,11 @@ class Exchange(Protocol):
     size: int
     """How many ranks."""
 
-    def gather(self, table: torch.Tensor) -> None:
-        """Fill int32 ``table [size, columns]`` with every rank's row; the own row is there already. Collective."""
+    def gather(self, row: torch.Tensor, table: torch.Tensor) -> None:
+        """Fill int32 ``table [size, columns]`` with every rank's int32 ``row [columns]``. Collective.
+
+        The last `WORDS` columns of a row are not counts. On one rank, ``table`` may be a view of ``row``.
+        """
 
 
 class Local:
@@ -40,8 +43,9 @@ class Local:
     rank = 0
     size = 1
 
-    def gather(self, table: torch.Tensor) -> None:
-        """Nothing to do: the table is the own row."""
+    def gather(self, row: torch.Tensor, table: torch.Tensor) -> None:
+        """The own row is the table."""
+        table[0] = row
 
 
 class Distributed:
@@ -59,15 +63,19 @@ class Distributed:
         if self.rank < 0:
             raise ValueError("this process is not in the given group, allowed is a group that it belongs to")
 
-    def gather(self, table: torch.Tensor) -> None:
+        # renamed in torch 2.13
+        self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+    def gather(self, row: torch.Tensor, table: torch.Tensor) -> None:
         """All-gather of the rows. Raises what torch.distributed raises when a rank is lost or times out."""
-        dist.all_gather_into_tensor(table, table[self.rank].clone(), group=self.group)
+        self._all_gather(table, row.view(1, -1), group=self.group)  # gloo wants the dimensions of the table
 
 
 class Known:
     """A rank of a replay: what the other ranks would send is known beforehand.
 
-    Replays of recorded batches and tests run many ranks in one process, one after the other.
+    Replays of recorded batches and tests run many ranks in one process, one after the other. Only what this rank counts
+    is compared with what is known of it: the other ranks are taken to have counted as said, with the same placement.
 
     Args:
         rank: which rank this is.
@@ -83,23 +91,21 @@ class Known:
         self.counts: torch.Tensor | None = None
         """int32 ``[size, n_logical]``, every rank's counts of the batch that comes next."""
 
-    def gather(self, table: torch.Tensor) -> None:
+    def gather(self, row: torch.Tensor, table: torch.Tensor) -> None:
         """Fill in the known counts.
 
         Raises:
             ValueError: `counts` is not set, has another shape, or its own row is not what this rank counted.
         """
-        if table.shape[1] == WORDS:  # settings only: all ranks of a replay have the same
-            table.copy_(table[self.rank].expand_as(table))
+        table.copy_(row.expand_as(table))
+        if len(row) == WORDS:  # settings only: all ranks of a replay have the same
             return
-        allowed = (self.size, table.shape[1] - WORDS)
-        if self.counts is None or self.counts.shape != allowed:
+        counts, words = row[:-WORDS], row[-WORDS:]
+        if self.counts is None or self.counts.shape != (self.size, len(counts)):
             seen = None if self.counts is None else tuple(self.counts.shape)
-            raise ValueError(f"counts of a Known exchange has shape {seen}, allowed is {allowed}")
-        own = table[self.rank].clone()
-        if own[-WORDS] == 0 and not torch.equal(own[:-WORDS], self.counts[self.rank]):
+            raise ValueError(f"counts of a Known exchange has shape {seen}, allowed is {(self.size, len(counts))}")
+        if words[0] == 0 and not torch.equal(counts, self.counts[self.rank]):
             raise ValueError(f"rank {self.rank} counted other tokens than counts[{self.rank}] of its Known exchange")
-        table.copy_(own.expand_as(table))
         table[:, :-WORDS] = self.counts
 
 
@@ -164,13 +170,12 @@ def raise_together(exchange: Exchange, words: Sequence[Sequence[int]], error: Ex
 
 def _message_of(exchange: Exchange, rank: int, error: Exception | None) -> str:
     """What the rank in trouble has to say, on every rank."""
-    table = torch.zeros(exchange.size, _MESSAGE_BYTES // 4, dtype=torch.int32)
-    if error is not None:
-        text = str(error).encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
-        table[exchange.rank] = torch.frombuffer(bytearray(text), dtype=torch.int32)
     if isinstance(exchange, (Local, Known)):  # nobody else to tell
         return str(error)
-    exchange.gather(table)
+    text = "" if error is None else str(error)
+    row = torch.frombuffer(bytearray(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.int32)
+    table = torch.zeros(exchange.size, len(row), dtype=torch.int32)
+    exchange.gather(row, table)
     return bytes(table[rank].numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
 
 
@@ -186,7 +191,6 @@ def together(exchange: Exchange, action: Callable[[], T], print_of: Callable[[T]
     except Exception as problem:
         error = problem
     table = torch.zeros(exchange.size, WORDS, dtype=torch.int32)
-    table[exchange.rank] = torch.tensor([error_word(error), *words], dtype=torch.int32)
-    exchange.gather(table)
+    exchange.gather(torch.tensor([error_word(error), *words], dtype=torch.int32), table)
     raise_together(exchange, table.tolist(), error)
     return result

@@ -207,6 +207,11 @@ class Planner:
                 f"n_routed_experts is {n_physical}: {redundant} redundant slots on each rank copy as many own experts "
                 f"of another, allowed are at most the {self.n_local_logical_routed_experts} own experts of a rank"
             )
+        if classes > self.n_local_logical_routed_experts:
+            raise ValueError(
+                f"redundant_to_original has {classes} columns, allowed are at most the "
+                f"{self.n_local_logical_routed_experts} own experts of a rank"
+            )
         self.combined_redundant_experts = redundant // classes if classes else 0
 
     def _set_solver(self, solver: str, verbose: bool) -> None:
@@ -237,7 +242,12 @@ class Planner:
             placement.phy2log.tolist(), placement.n_logical, self.ep_size, self.group_size, speed, self.solver
         )
         self._prefix = torch.zeros(max_threads, placement.n_logical, dtype=torch.int32)
-        self._table = torch.zeros(self._exchange.size, placement.n_logical + exchange.WORDS, dtype=torch.int32)
+        # what this rank sends, with the words that say all is well, and what all ranks send
+        self._row = torch.zeros(placement.n_logical + exchange.WORDS, dtype=torch.int32)
+        self._row[placement.n_logical :] = torch.tensor([0, *self._fingerprint])
+        self._all_well = self._row[placement.n_logical :].repeat(self._exchange.size, 1)
+        alone = isinstance(self._exchange, exchange.Local)
+        self._table = self._row.view(1, -1) if alone else self._row.repeat(self._exchange.size, 1)
         self._loads = torch.zeros(placement.n_logical, dtype=torch.int64)
         self._plan = self._new_plan((), self.solver)
         self._plan_addresses = self._plan.addresses()
@@ -258,7 +268,7 @@ class Planner:
     @property
     def workspace_bytes(self) -> int:
         """Bytes that the planner keeps; `run` allocates nothing but its result."""
-        tensors = [self._prefix, self._table, self._loads, *self._plan.tensors()]
+        tensors = [self._prefix, self._row, self._all_well, self._table, self._loads, *self._plan.tensors()]
         return self._backend.workspace_bytes + sum(t.numel() * t.element_size() for t in tensors)
 
     @property
@@ -331,11 +341,12 @@ class Planner:
 
     def _packed_order(self, workload: torch.Tensor) -> torch.Tensor:
         check_history(workload, self.n_logical_routed_experts, self.device)
+        loads = workload.cpu()
         n_nodes = max(1, self.ep_size // self.ranks_per_node)
-        order = rebalance_experts(workload[None], self.n_logical_routed_experts, self.n_group, n_nodes, self.ep_size)[
+        order = rebalance_experts(loads[None], self.n_logical_routed_experts, self.n_group, n_nodes, self.ep_size)[
             0
         ].view(self.ep_size, -1)
-        heaviest_first = workload[order].argsort(dim=1, descending=True, stable=True)
+        heaviest_first = loads[order].argsort(dim=1, descending=True, stable=True)
         return order.gather(1, heaviest_first).flatten()
 
     def _original_first(self) -> torch.Tensor:
@@ -398,7 +409,7 @@ class Planner:
                 check_counter(avail_counter, self.device)
                 flat = workload.reshape(-1) if isinstance(workload, torch.Tensor) else workload
                 loads = checked_loads(flat, self.n_logical_routed_experts, self.device)
-                self._table[self._exchange.rank, : loads.numel()] = loads.int()
+                self._row[: loads.numel()] = loads
             except Exception as problem:
                 error = problem
             self._gather(error)
@@ -511,7 +522,7 @@ class Planner:
                 physical = torch.empty(idx.shape, dtype=idx.dtype)
                 source = idx if idx.is_contiguous() else physical.copy_(idx)
                 self._count(source, chunks, self._prefix, threads)
-                self._table[self._exchange.rank, : self.n_logical_routed_experts] = self._prefix[threads - 1]
+                self._row[: self.n_logical_routed_experts] = self._prefix[threads - 1]
             except Exception as problem:
                 error = problem
             self._gather(error)
@@ -528,12 +539,12 @@ class Planner:
             if error is not None:
                 raise error
         else:
-            row = table[self._exchange.rank]
             if error is not None:
-                row[:n_logical] = 0
-            row[n_logical:] = torch.tensor([exchange.error_word(error), *self._fingerprint], dtype=torch.int32)
-            self._exchange.gather(table)
-            exchange.raise_together(self._exchange, table[:, n_logical:].tolist(), error)
+                self._row[:n_logical] = 0
+            self._row[n_logical] = exchange.error_word(error)
+            self._exchange.gather(self._row, table)
+            if not torch.equal(table[:, n_logical:], self._all_well):
+                exchange.raise_together(self._exchange, table[:, n_logical:].tolist(), error)
         most = _C.total(table.data_ptr(), table.shape[1], self._exchange.size, n_logical, self._loads.data_ptr())
         if most > MOST_TOKENS:
             raise ValueError(f"an expert has {most} tokens over all ranks, allowed are {MOST_TOKENS}")
@@ -543,7 +554,7 @@ class Planner:
         solved = self._solve(self._loads, 1, self.solver, self._plan_addresses, self._plan)
         self._has_plan = True
         if avail_counter is not None:
-            avail_counter += solved
+            _C.add(avail_counter.data_ptr(), avail_counter.element_size(), solved)
 
     def _threads(self, n_tokens: int, n_sms: int | None) -> int:
         most = self._max_threads if n_sms is None else min(self._max_threads, whole_number("n_sms", n_sms, 1))

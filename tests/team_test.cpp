@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdio>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -153,13 +153,14 @@ Problem random_problem(Random& random, int group_size, LoadKind kind) {
   for (int g = 0; g < n_groups; ++g) place_group(random, g * n_experts, n_experts, group_size, slots, p.phy2log);
   p.loads = random_loads(random, kind, p.n_logical);
   p.speed.assign(p.n_ranks, 1.0);
-  const bool speeds = draw(random, 0, 2) == 0;
-  if (speeds)
-    for (double& v : p.speed) v = draw(random, 0.5, 2.0);
+  const double spread[] = {0.0, 0.0, 0.3, 6.0};  // decimals; 6 is the most that a planner takes
+  const double decimals = spread[draw(random, 0, 3)];
+  if (decimals > 0.0)
+    for (double& v : p.speed) v = std::pow(10.0, draw(random, -decimals, decimals));
   p.groups = std::make_unique<GroupTables>(p.phy2log, p.n_logical, p.n_ranks, group_size, p.speed);
   std::ostringstream name;
   name << n_groups << " x " << group_size << " ranks, " << n_experts << " experts in " << most << " slots, load "
-       << kLoadNames[kind] << (speeds ? ", speeds" : "");
+       << kLoadNames[kind] << ", speeds 1e±" << decimals;
   p.name = name.str();
   return p;
 }
@@ -276,7 +277,7 @@ void compare_solutions(int size, double scale) {
   for (int i = 0; i < scale * kMostCases; ++i) {
     const int group_size = kGroupSizes[i % std::size(kGroupSizes)];
     if (i > 0 && work + group_size * size > scale * kWork) continue;  // the first, with 128 ranks, always
-    const auto kind = static_cast<LoadKind>((i + i / std::size(kGroupSizes)) % kLoadKinds);  // every size meets every kind
+    const auto kind = static_cast<LoadKind>((i + i / std::size(kGroupSizes)) % kLoadKinds);  // each size meets all
     problems.push_back(random_problem(random, group_size, kind));
     work += problems.back().n_ranks * size;
   }

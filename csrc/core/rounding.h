@@ -13,13 +13,15 @@ struct WholeOutcome {
 
 namespace rounding {
 
-inline constexpr double kBoundNoise = 1e-9;   // a bound may be this much too high in its last digits
-inline constexpr double kFloorNoise = 1e-12;  // so that ⌊(k / v)·v⌋ is k
+inline constexpr double kBoundNoise = 1e-9;                // a bound may be this much too high in its last digits
 inline constexpr double kMostTokens = 9007199254740992.0;  // 2^53: more than there are, and 128 of them fit in 64 bits
 
+// The most tokens k with k / speed ≤ level as the division rounds, so that a level k / speed has room for k.
 LPLB_HD inline int64_t capacity(double level, double speed) {
-  const double tokens = std::floor(level * speed * (1.0 + kFloorNoise));
-  return static_cast<int64_t>(tokens < kMostTokens ? tokens : kMostTokens);
+  const double k = std::floor(level * speed);  // off by one at most
+  if (!(k < kMostTokens)) return static_cast<int64_t>(kMostTokens);
+  const double least = k / speed <= level ? k : k - 1.0;
+  return static_cast<int64_t>((k + 1.0) / speed <= level ? k + 1.0 : least);
 }
 
 // The least level, not below `level`, at which the ranks in `set` can hold `tokens` whole tokens.
@@ -116,7 +118,7 @@ LPLB_HD inline WholeOutcome whole_tokens(const Group& g, const Workspace& x, dou
     const double l = static_cast<double>(f.load[r]) / g.speed[r];
     worst = l > worst ? l : worst;
   }
-  out.max_load = static_cast<int64_t>(std::ceil(worst * (1.0 - rounding::kFloorNoise)));
+  out.max_load = static_cast<int64_t>(std::ceil(worst));
   return out;
 }
 
