@@ -42,7 +42,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     try:
-        from lplb import demo
+        from lplb import demo, replay
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in _DEMO_NEEDS:
             raise
@@ -50,7 +50,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         return 2
     try:
         demo.run_demo(arguments.ranks, arguments.batches, arguments.picture)
-    except (demo.CheckFailed, ValueError, OSError) as error:
+    except (replay.CheckFailed, ValueError, OSError) as error:
         print(f"lplb demo: {error}", file=sys.stderr)
         return 1
     return 0

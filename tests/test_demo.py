@@ -13,10 +13,10 @@ from lplb import Placement, Planner, cli
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from lplb import demo
+from lplb import replay
 from lplb.trace import load_trace
 
-N_BATCHES = demo.REFRESH + 2  # one refresh
+N_BATCHES = replay.REFRESH + 2  # one refresh
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,14 @@ def trace():
 
 @pytest.fixture(scope="module", params=[8, 32])
 def result(request, trace):
-    return demo.replay(trace, request.param, N_BATCHES)
+    return replay.replay_trace(trace, request.param, N_BATCHES)
 
 
 def test_loads_without_balancing_are_the_traces(result, trace):
     per_rank = trace.n_experts // result.n_ranks
     for b, i in np.ndindex(N_BATCHES, trace.indices.shape[1]):
         expected = np.bincount(trace.indices[b, i].ravel() // per_rank, minlength=result.n_ranks)
-        assert result.loads[demo.NONE][b, i].tolist() == expected.tolist()
+        assert result.loads[replay.NONE][b, i].tolist() == expected.tolist()
 
 
 def test_every_method_serves_every_token(result, trace):
@@ -43,17 +43,17 @@ def test_every_method_serves_every_token(result, trace):
 
 
 def test_bound_then_lp_then_even_split(result):
-    bound, lp, even = result.bound, result.loads[demo.LP].max(-1), result.loads[demo.EVEN].max(-1)
+    bound, lp, even = result.bound, result.loads[replay.LP].max(-1), result.loads[replay.EVEN].max(-1)
     assert (bound <= lp).all()
     assert (lp <= np.ceil(bound - 1e-6)).all()  # whole tokens cost less than one
     assert (lp <= even).all()
-    assert result.imbalance(demo.LPLB).mean() < result.imbalance(demo.NONE).mean()
+    assert result.imbalance(replay.LPLB).mean() < result.imbalance(replay.NONE).mean()
 
 
 def test_moved_and_times(result):
-    choices = result.loads[demo.NONE].sum(-1)
-    assert (result.moved[demo.NONE] == 0).all()
-    for method in (demo.EVEN, demo.LPLB, demo.LP):
+    choices = result.loads[replay.NONE].sum(-1)
+    assert (result.moved[replay.NONE] == 0).all()
+    for method in (replay.EVEN, replay.LPLB, replay.LP):
         assert (result.moved[method] > 0).all()
         assert (result.moved[method] < choices).all()
     for micros in result.micros.values():
@@ -63,16 +63,16 @@ def test_moved_and_times(result):
 
 def test_placements_never_look_ahead(trace):
     changed = replace(trace, indices=trace.indices.copy())
-    changed.indices[demo.REFRESH :] = trace.n_experts - 1 - changed.indices[demo.REFRESH :]
-    one, other = (demo.replay(t, 8, demo.REFRESH + 1).loads[demo.EVEN] for t in (trace, changed))
-    assert (one[: demo.REFRESH] == other[: demo.REFRESH]).all()
-    assert (one[demo.REFRESH :] != other[demo.REFRESH :]).any()
+    changed.indices[replay.REFRESH :] = trace.n_experts - 1 - changed.indices[replay.REFRESH :]
+    one, other = (replay.replay_trace(t, 8, replay.REFRESH + 1).loads[replay.EVEN] for t in (trace, changed))
+    assert (one[: replay.REFRESH] == other[: replay.REFRESH]).all()
+    assert (one[replay.REFRESH :] != other[replay.REFRESH :]).any()
 
 
 def test_split_evenly_differs_by_one_token_at_most():
     placement = Placement([0, 1, 0, 2, 0, 1, 2, 3], 4)
     counts = np.array([10, 7, 0, 5])
-    quota = demo.split_evenly(placement, counts)
+    quota = replay.split_evenly(placement, counts)
     for expert, count in enumerate(counts):
         share = quota[placement.phy2log.numpy() == expert]
         assert share.sum() == count
@@ -83,7 +83,7 @@ def test_split_evenly_differs_by_one_token_at_most():
 def test_place_gives_no_expert_more_copies_than_ranks(load):
     history = torch.full((64,), min(load, 1.0))
     history[7] = load
-    placement = demo.place(history, 80, 8)
+    placement = replay.place(history, 80, 8)
     assert placement.logcnt.max() <= 8
     assert placement.n_physical == 80
     if load > 1:
@@ -93,13 +93,13 @@ def test_place_gives_no_expert_more_copies_than_ranks(load):
 @pytest.mark.parametrize("n_ranks", [0, 7, 64])
 def test_refuses_other_rank_counts(trace, n_ranks):
     with pytest.raises(ValueError, match=f"n_ranks is {n_ranks}, allowed"):
-        demo.replay(trace, n_ranks, 1)
+        replay.replay_trace(trace, n_ranks, 1)
 
 
 @pytest.mark.parametrize("n_batches", [0, -1, 241])
 def test_refuses_other_batch_counts(trace, n_batches):
     with pytest.raises(ValueError, match=f"n_batches is {n_batches}, allowed"):
-        demo.replay(trace, 8, n_batches)
+        replay.replay_trace(trace, 8, n_batches)
 
 
 # ---- the checks
@@ -142,15 +142,15 @@ def test_a_corrupted_index_is_caught(trace, monkeypatch, corrupt, message):
         return physical
 
     monkeypatch.setattr(Planner, "run", corrupted)
-    with pytest.raises(demo.CheckFailed, match=message):
-        demo.replay(trace, 8, 1)
+    with pytest.raises(replay.CheckFailed, match=message):
+        replay.replay_trace(trace, 8, 1)
 
 
 def test_a_counter_left_alone_is_caught(trace, monkeypatch):
     run = Planner.run
     monkeypatch.setattr(Planner, "run", lambda self, idx, counter: run(self, idx, None))
-    with pytest.raises(demo.CheckFailed, match="counters were raised by"):
-        demo.replay(trace, 8, 1)
+    with pytest.raises(replay.CheckFailed, match="counters were raised by"):
+        replay.replay_trace(trace, 8, 1)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_a_plan_of_one_rank_that_differs_is_caught(trace, monkeypatch, change, m
         "last_plan",
         property(lambda self: change(last_plan(self)) if self._exchange.rank == 5 else last_plan(self)),
     )
-    with pytest.raises(demo.CheckFailed, match=message):
-        demo.replay(trace, 8, 1)
+    with pytest.raises(replay.CheckFailed, match=message):
+        replay.replay_trace(trace, 8, 1)
 
 
 # ---- the command line
@@ -184,7 +184,7 @@ def test_cli_prints_the_table_and_writes_the_picture(tmp_path, capsys):
     for words in (
         "8 ranks, 80 slots",
         "16 ranks, 96 slots",
-        *demo.METHODS,
+        *replay.METHODS,
         "certified lower bound",
         "Checked",
         str(path),
@@ -194,9 +194,9 @@ def test_cli_prints_the_table_and_writes_the_picture(tmp_path, capsys):
 
 def test_cli_fails_when_a_check_does(monkeypatch, tmp_path, capsys):
     def check(*_):
-        raise demo.CheckFailed("rank 1 is wrong")
+        raise replay.CheckFailed("rank 1 is wrong")
 
-    monkeypatch.setattr(demo, "check", check)
+    monkeypatch.setattr(replay, "check", check)
     assert cli.main(["demo", "--ranks", "8", "--batches", "1", "--picture", str(tmp_path / "a.png")]) == 1
     assert "rank 1 is wrong" in capsys.readouterr().err
 

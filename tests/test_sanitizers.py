@@ -10,19 +10,11 @@ import pytest
 
 SANITIZERS = "address,undefined"
 TESTS = ("test_solve.py", "test_planner.py")
-EXAMPLES = "10"  # per hypothesis test
+EXAMPLES = "10"  # per hypothesis test, see conftest.py
 
-# Runs inside the child: few examples, and at the end where the extension came from.
+# Runs inside the child: says where the extension came from.
 PLUGIN = """
-import os
 import sys
-
-from hypothesis import settings
-
-
-def pytest_configure(config):
-    settings.register_profile("sanitized", max_examples=int(os.environ["LPLB_HYPOTHESIS_EXAMPLES"]), deadline=None)
-    settings.load_profile("sanitized")
 
 
 def pytest_terminal_summary(terminalreporter):
