@@ -49,7 +49,6 @@ def build(folder: Path, target: str, sanitizer: str, *definitions: str) -> None:
     configure: list[str | Path] = [
         cmake, "-G", "Ninja", "-S", ROOT, "-B", folder,
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DLPLB_SANITIZE={sanitizer}", *definitions,
-        *(["-DCMAKE_CXX_FLAGS=-fno-var-tracking"] if sanitizer else []),  # debug data that takes long
     ]  # fmt: skip
     make: list[str | Path] = [cmake, "--build", folder, "--target", target]
     for command in (configure, make):

@@ -18,6 +18,7 @@ inline constexpr double kMostTokens = 9007199254740992.0;  // 2^53: more than th
 
 // The most tokens k with k / speed ≤ level as the division rounds, so that a level k / speed has room for k.
 LPLB_HD inline int64_t capacity(double level, double speed) {
+  if (speed == 1.0 && level < kMostTokens) return static_cast<int64_t>(level);
   const double k = std::floor(level * speed);  // off by one at most
   if (!(k < kMostTokens)) return static_cast<int64_t>(kMostTokens);
   const double least = k / speed <= level ? k : k - 1.0;
