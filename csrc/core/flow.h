@@ -86,8 +86,8 @@ struct Flow {
   LPLB_HD void refresh_reach(int r) {
     Set s = Set::none();
     for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) {
-      const int p = g.rank_replica[i];
-      if (y[p] > slack) s = s | ranks_of(g.replica_expert[p]);
+      const uint64_t gives = y[g.rank_replica[i]] > slack ? ~uint64_t{0} : 0;
+      for (int w = 0; w < kWords; ++w) s.word[w] |= gives & g.rank_replica_ranks[2 * i + w];
     }
     s.write(reach + 2 * r);
   }
@@ -97,7 +97,7 @@ struct Flow {
     int best = -1;
     for (int i = g.rank_begin[from]; i < g.rank_begin[from + 1]; ++i) {
       const int p = g.rank_replica[i];
-      if (y[p] > slack && ranks_of(g.replica_expert[p]).has(to) && (best < 0 || y[p] > y[best])) best = p;
+      if (y[p] > slack && Set::read(g.rank_replica_ranks + 2 * i).has(to) && (best < 0 || y[p] > y[best])) best = p;
     }
     return best;
   }

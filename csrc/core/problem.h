@@ -26,20 +26,21 @@ inline constexpr double kGapTolerance = 1e-4;
 
 struct Group {
   int n_ranks, n_padded, n_experts, n_replicas, n_singles;
-  int first_rank;                 // of the group, in the placement
-  bool unit_speed;                // every v_r is 1
-  const int32_t* expert_begin;    // [n_experts + 1] first replica of an expert
-  const int32_t* expert_logical;  // [n_experts]
-  const int32_t* replica_rank;    // [n_replicas]
-  const int32_t* replica_expert;  // [n_replicas]
-  const int32_t* replica_slot;    // [n_replicas] physical expert
-  const int32_t* rank_begin;      // [n_ranks + 1] into rank_replica
-  const int32_t* rank_replica;    // [n_replicas] the replicas of a rank, ascending
-  const int32_t* single_begin;    // [n_ranks + 1] into single_*
-  const int32_t* single_logical;  // [n_singles]
-  const int32_t* single_slot;     // [n_singles] physical expert
-  const uint64_t* expert_ranks;   // [n_experts, 2] the ranks that hold an expert, as a set
-  const double* speed;            // [n_ranks] v_r
+  int first_rank;                      // of the group, in the placement
+  bool unit_speed;                     // every v_r is 1
+  const int32_t* expert_begin;         // [n_experts + 1] first replica of an expert
+  const int32_t* expert_logical;       // [n_experts]
+  const int32_t* replica_rank;         // [n_replicas]
+  const int32_t* replica_expert;       // [n_replicas]
+  const int32_t* replica_slot;         // [n_replicas] physical expert
+  const int32_t* rank_begin;           // [n_ranks + 1] into rank_replica
+  const int32_t* rank_replica;         // [n_replicas] the replicas of a rank, ascending
+  const int32_t* single_begin;         // [n_ranks + 1] into single_*
+  const int32_t* single_logical;       // [n_singles]
+  const int32_t* single_slot;          // [n_singles] physical expert
+  const uint64_t* expert_ranks;        // [n_experts, 2] the ranks that hold an expert, as a set
+  const uint64_t* rank_replica_ranks;  // [n_replicas, 2] the same for the experts of rank_replica
+  const double* speed;                 // [n_ranks] v_r
 };
 
 enum class Status : int32_t { solved = 0, iteration_limit = 1, numerical = 2 };
@@ -110,7 +111,7 @@ class GroupTables {
   struct Storage {
     std::vector<int32_t> expert_begin, expert_logical, replica_rank, replica_expert, replica_slot, rank_begin,
         rank_replica, single_begin, single_logical, single_slot;
-    std::vector<uint64_t> expert_ranks;
+    std::vector<uint64_t> expert_ranks, rank_replica_ranks;
     std::vector<double> speed;
   };
   std::vector<Storage> storage_;
@@ -171,6 +172,10 @@ inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logic
       t.single_logical.insert(t.single_logical.end(), singles[r].begin(), singles[r].end());
       t.single_begin.push_back(static_cast<int32_t>(t.single_logical.size()));
     }
+    for (const int32_t p : t.rank_replica) {
+      const auto ranks = t.expert_ranks.begin() + 2 * t.replica_expert[p];
+      t.rank_replica_ranks.insert(t.rank_replica_ranks.end(), ranks, ranks + 2);
+    }
     for (const int32_t e : t.single_logical) t.single_slot.push_back(slots_of[e][0]);
     t.speed.assign(speed.begin() + first_rank, speed.begin() + first_rank + group_size);
 
@@ -194,6 +199,7 @@ inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logic
     v.single_logical = t.single_logical.data();
     v.single_slot = t.single_slot.data();
     v.expert_ranks = t.expert_ranks.data();
+    v.rank_replica_ranks = t.rank_replica_ranks.data();
     v.speed = t.speed.data();
   }
 }
