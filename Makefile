@@ -14,7 +14,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest tests
 
-bench: $(READY)
+bench: $(READY)  # --write keeps the figures; then benchmarks/readme_table.py puts them into the README
 	$(BIN)/python benchmarks/bench_cpu.py
 
 lint: $(READY)

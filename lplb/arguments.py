@@ -70,11 +70,10 @@ def checked_loads(workload: torch.Tensor, n_logical: int, device: torch.device) 
         odd = workload != workload.floor()  # true for NaN as well; an infinity is too large below
         if bool(odd.any()):
             raise ValueError(f"workload has {float(workload[odd][0])}, allowed are whole numbers of tokens")
-    outside = (workload < 0) | (workload > MOST_TOKENS)
-    if bool(outside.any()):
-        raise ValueError(
-            f"workload has {workload[outside][0].item()}, allowed are 0 to {MOST_TOKENS} tokens per expert"
-        )
+    least, most = workload.aminmax() if workload.numel() else (torch.zeros(()), torch.zeros(()))
+    if least < 0 or most > MOST_TOKENS:
+        found = (least if least < 0 else most).item()
+        raise ValueError(f"workload has {found}, allowed are 0 to {MOST_TOKENS} tokens per expert")
     return workload.to(torch.int64).contiguous()
 
 

@@ -1,0 +1,41 @@
+"""Writes the newest figures of benchmarks/results into the README, between its two markers."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- figures: benchmarks/readme_table.py -->", "<!-- end of figures -->"
+
+
+def markdown(result: dict, source: str) -> str:  # type: ignore[type-arg]
+    """The rows that have a bar, and the machine they were measured on."""
+    machine = result["machine"]
+    lines = ["| what | measured | bar | peer in the same run |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        if row["bar"] is None:
+            continue
+        value = f"{row['value']:.3g}" if isinstance(row["value"], float) else str(row["value"])
+        sign = {">=": "≥", "<=": "≤"}[row["bar_is"]]
+        missed = "" if row["met"] else " **missed**"
+        lines.append(f"| {row['name']} | {value} {row['unit']}{missed} | {sign} {row['bar']:g} | {row['peer']} |")
+    lines += [
+        "",
+        f"Measured {result['date']} on one thread of a {machine['cpu']} with {machine['cores']} cores "
+        f"(Python {machine['python']}, torch {machine['torch']}, HiGHS {machine['highs']}); `make bench`, "
+        f"[{source}]({source}).",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Rewrite the block in the README."""
+    newest = max((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
+    table = markdown(json.loads(newest.read_text()), newest.relative_to(ROOT).as_posix())
+    readme = ROOT / "README.md"
+    head, rest = readme.read_text().split(START)
+    tail = rest.split(END)[1]
+    readme.write_text(f"{head}{START}\n{table}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()
