@@ -34,7 +34,7 @@ clean:
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=70.1" cmake ninja pybind11 "$(TORCH)"
+	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77.0.3" "cmake>=3.24" ninja pybind11 "$(TORCH)"
 	touch $@
 
 $(READY): $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)

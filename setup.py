@@ -1,5 +1,7 @@
 """Hands the extension over to CMake; everything else is in pyproject.toml."""
 
+import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -8,6 +10,15 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+
+def with_tools() -> dict[str, str]:
+    """The environment, with the CMake and Ninja of Python packages, where installed, ahead of the system's."""
+    folders = [os.environ.get("PATH", os.defpath)]
+    for package, folder in (("ninja", "BIN_DIR"), ("cmake", "CMAKE_BIN_DIR")):
+        with contextlib.suppress(ImportError):
+            folders.insert(0, getattr(importlib.import_module(package), folder))
+    return {**os.environ, "PATH": os.pathsep.join(folders)}
 
 
 class CMakeBuild(build_ext):
@@ -24,9 +35,13 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={prefix}",
             f"-DLPLB_SANITIZE={os.environ.get('LPLB_SANITIZE', '')}",
         ]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", source, "-B", build, *configure], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
-        subprocess.run(["cmake", "--install", build], check=True)
+        # --fresh: a cache of another build environment, or of another place, would name tools that are gone
+        for arguments in (
+            ["--fresh", "-G", "Ninja", "-S", source, "-B", build, *configure],
+            ["--build", build],
+            ["--install", build],
+        ):
+            subprocess.run(["cmake", *arguments], check=True, env=with_tools())
 
 
 setup(ext_modules=[Extension("lplb._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -74,7 +74,6 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Planner>(m, "CpuPlanner")
       .def(py::init<const std::vector<int32_t>&, int, int, int, const std::vector<double>&, int>(), py::arg("phy2log"),
            py::arg("n_logical"), py::arg("n_ranks"), py::arg("group_size"), py::arg("speed"), py::arg("max_threads"))
-      .def_property_readonly("n_groups", &Planner::n_groups)
       .def_property_readonly("workspace_bytes", &Planner::workspace_bytes)
       .def("count", &count, py::arg("indices"), py::arg("index_bytes"), py::arg("chunks"), py::arg("prefix"),
            py::arg("threads"))

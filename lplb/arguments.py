@@ -1,14 +1,44 @@
 """Checks of what callers give to a planner: the value seen and the value allowed, before any work."""
 
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
+import numpy as np
 import torch
 
-from lplb.placement import MAX_GROUP_SIZE, Placement, whole_number
+from lplb import _C
 
 INDEX_DTYPES = (torch.int32, torch.int64)
+MAX_GROUP_SIZE = _C.max_group_size
+"""Most ranks that may balance among themselves; an NVLink domain of 72 fits in one group."""
 MOST_TOKENS = 2**31 - 1
 """Per expert, and per call: counts and quotas are int32."""
+
+
+def whole_number(name: str, value: SupportsIndex, lowest: int, highest: int | None = None) -> int:
+    """Return ``value`` as an int, or say what it was and what is allowed.
+
+    Args:
+        name: what the caller calls the value.
+        value: any integer, NumPy's included; ``bool`` and floats are refused.
+        lowest: smallest value allowed.
+        highest: largest value allowed, ``None`` for no bound.
+
+    Returns:
+        The value as a Python int.
+
+    Raises:
+        TypeError: ``value`` is not an integer.
+        ValueError: ``value`` is out of bounds.
+    """
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}, allowed is an int")
+    number = operator.index(value)
+    if number < lowest or (highest is not None and number > highest):
+        allowed = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
+        raise ValueError(f"{name} is {number}, allowed is {allowed}")
+    return number
 
 
 def check_backend(name: str, device: torch.device) -> None:
@@ -36,6 +66,8 @@ def check_indices(idx: torch.Tensor, device: torch.device) -> None:
     if idx.dtype not in INDEX_DTYPES:
         raise TypeError(f"idx has dtype {idx.dtype}, allowed is torch.int32 or torch.int64")
     check_device("idx", idx, device)
+    if idx.layout != torch.strided:
+        raise TypeError(f"idx has layout {idx.layout}, allowed is torch.strided")
     if idx.numel() > MOST_TOKENS:
         raise ValueError(f"idx has {idx.numel()} elements, allowed are {MOST_TOKENS} per call")
 
@@ -70,9 +102,9 @@ def checked_loads(workload: torch.Tensor, n_logical: int, device: torch.device) 
         odd = workload != workload.floor()  # true for NaN as well; an infinity is too large below
         if bool(odd.any()):
             raise ValueError(f"workload has {float(workload[odd][0])}, allowed are whole numbers of tokens")
-    least, most = workload.aminmax() if workload.numel() else (torch.zeros(()), torch.zeros(()))
+    least, most = workload.aminmax() if workload.numel() else (0, 0)
     if least < 0 or most > MOST_TOKENS:
-        found = (least if least < 0 else most).item()
+        found = torch.as_tensor(least if least < 0 else most).item()
         raise ValueError(f"workload has {found}, allowed are 0 to {MOST_TOKENS} tokens per expert")
     return workload.to(torch.int64).contiguous()
 
@@ -104,7 +136,7 @@ def checked_speeds(rank_speed: Sequence[float] | torch.Tensor | None, n_ranks: i
     if rank_speed is None:
         return [1.0] * n_ranks
     try:
-        speed = torch.as_tensor(rank_speed, dtype=torch.float64).cpu()
+        speed = torch.as_tensor(rank_speed, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"rank_speed is {rank_speed!r}, allowed are {n_ranks} numbers") from error
     if speed.shape != (n_ranks,):
@@ -115,15 +147,13 @@ def checked_speeds(rank_speed: Sequence[float] | torch.Tensor | None, n_ranks: i
     return [float(v) for v in speed]
 
 
-def checked_group_size(placement: Placement, group_size: int | None) -> int:
+def checked_group_size(n_ranks: int, group_size: int | None) -> int:
     """Return the ranks per balance group; all ranks by default."""
     if group_size is not None:
         return whole_number("group_size", group_size, 1, MAX_GROUP_SIZE)
-    if placement.n_ranks > MAX_GROUP_SIZE:
-        raise ValueError(
-            f"group_size is None, which stands for all {placement.n_ranks} ranks, allowed are 1 to {MAX_GROUP_SIZE}"
-        )
-    return placement.n_ranks
+    if n_ranks > MAX_GROUP_SIZE:
+        raise ValueError(f"group_size is None, which stands for all {n_ranks} ranks, allowed are 1 to {MAX_GROUP_SIZE}")
+    return n_ranks
 
 
 def check_divides(name: str, value: int, by: str, divisor: int) -> None:

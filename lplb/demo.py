@@ -52,8 +52,8 @@ def table(replays: Sequence[Replay]) -> Table:
 _NOTES = (
     (
         "imbalance",
-        f"Busiest rank's tokens / mean over ranks. All are planned and checked, but the first {REFRESH} batches, which "
-        "have no history, are not counted for any method.",
+        f"Busiest rank's tokens / mean over ranks. All batches are planned and checked; where there are more than "
+        f"{REFRESH}, the first {REFRESH}, which have no history, are not counted for any method.",
     ),
     (
         "tokens moved",

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb.placement import whole_number
+from lplb.arguments import whole_number
 
 __all__ = ["rebalance_experts", "spread_copies"]
 

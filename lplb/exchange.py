@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 __all__ = ["Distributed", "Exchange", "Known", "Local", "exchange_for"]
 
-WORDS = 3
-"""Columns behind the counts of a row: error word, and a fingerprint in two."""
+WORDS = 4
+"""Columns behind the counts of a row: error word, which method was called, and a fingerprint in two."""
 
 _KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _MESSAGE_BYTES = 1024
@@ -163,8 +163,8 @@ def raise_together(exchange: Exchange, words: Sequence[Sequence[int]], error: Ex
     odd = next((rank for rank, row in enumerate(words) if tuple(row[1:]) != tuple(words[0][1:])), None)
     if odd is not None:
         raise ValueError(
-            f"rank {odd} has another placement or other settings than rank 0, allowed is the same on every rank "
-            "(r2o or placement and its order, expert counts, rank_speed, solver)"
+            f"rank {odd} has another placement or other settings than rank 0, or called another method; allowed is the "
+            "same on every rank (r2o or placement and its order, expert counts, rank_speed, solver)"
         )
 
 
@@ -174,7 +174,7 @@ def _message_of(exchange: Exchange, rank: int, error: Exception | None) -> str:
         return str(error)
     text = "" if error is None else str(error)
     row = torch.frombuffer(bytearray(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.int32)
-    table = torch.zeros(exchange.size, len(row), dtype=torch.int32)
+    table = torch.zeros(exchange.size, len(row), dtype=torch.int32, device="cpu")
     exchange.gather(row, table)
     return bytes(table[rank].numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
 
@@ -190,7 +190,8 @@ def together(exchange: Exchange, action: Callable[[], T], print_of: Callable[[T]
         words = print_of(result)
     except Exception as problem:
         error = problem
-    table = torch.zeros(exchange.size, WORDS, dtype=torch.int32)
-    exchange.gather(torch.tensor([error_word(error), *words], dtype=torch.int32), table)
+    table = torch.zeros(exchange.size, WORDS, dtype=torch.int32, device="cpu")
+    row = torch.tensor([error_word(error), 0, *words], dtype=torch.int32, device="cpu")
+    exchange.gather(row, table)
     raise_together(exchange, table.tolist(), error)
     return result

@@ -5,46 +5,20 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["MAX_GROUP_SIZE", "Placement", "whole_number"]
+from lplb.arguments import MAX_GROUP_SIZE, whole_number
 
-MAX_GROUP_SIZE = 128
-"""Most ranks that may balance among themselves; an NVLink domain of 72 fits in one group."""
+__all__ = ["Placement"]
 
 _FORMAT = "lplb.placement"
 _VERSION = 1
 _MAX_LOGICAL = 2**31  # so that every expert fits in int32
 _MAX_NAMED = 4  # how many missing experts a message lists
-
-
-def whole_number(name: str, value: SupportsIndex, lowest: int, highest: int | None = None) -> int:
-    """Return ``value`` as an int, or say what it was and what is allowed.
-
-    Args:
-        name: what the caller calls the value.
-        value: any integer, NumPy's included; ``bool`` and floats are refused.
-        lowest: smallest value allowed.
-        highest: largest value allowed, ``None`` for no bound.
-
-    Returns:
-        The value as a Python int.
-
-    Raises:
-        TypeError: ``value`` is not an integer.
-        ValueError: ``value`` is out of bounds.
-    """
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}, allowed is an int")
-    number = operator.index(value)
-    if number < lowest or (highest is not None and number > highest):
-        allowed = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
-        raise ValueError(f"{name} is {number}, allowed is {allowed}")
-    return number
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)

@@ -106,15 +106,18 @@ class Plan:
 
 def empty_plan(batch: Sequence[int], n_physical: int, n_ranks: int, n_groups: int, solver: str) -> Plan:
     """Return a plan of zeros for the backend to fill."""
-    groups = (*batch, n_groups)
+
+    def zeros(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(*batch, columns, dtype=dtype, device="cpu")
+
     return Plan(
-        quota=torch.zeros(*batch, n_physical, dtype=torch.int32),
-        rank_load=torch.zeros(*batch, n_ranks, dtype=torch.int64),
-        max_load=torch.zeros(groups, dtype=torch.int64),
-        lower_bound=torch.zeros(groups, dtype=torch.float64),
-        gap=torch.zeros(groups, dtype=torch.float64),
-        iterations=torch.zeros(groups, dtype=torch.int32),
-        status=torch.zeros(groups, dtype=torch.int32),
+        quota=zeros(n_physical, torch.int32),
+        rank_load=zeros(n_ranks, torch.int64),
+        max_load=zeros(n_groups, torch.int64),
+        lower_bound=zeros(n_groups, torch.float64),
+        gap=zeros(n_groups, torch.float64),
+        iterations=zeros(n_groups, torch.int32),
+        status=zeros(n_groups, torch.int32),
         solver=solver,
     )
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from lplb import _C, exchange, topology
 from lplb.arguments import (
+    MAX_GROUP_SIZE,
     MOST_TOKENS,
     check_backend,
     check_counter,
@@ -21,16 +22,18 @@ from lplb.arguments import (
     checked_share,
     checked_speeds,
     seen,
+    whole_number,
 )
 from lplb.eplb import rebalance_experts
 from lplb.exchange import Exchange
-from lplb.placement import MAX_GROUP_SIZE, Placement, whole_number
+from lplb.placement import Placement
 from lplb.plan import SOLVERS, Plan, checked_solver, empty_plan, report
 
 __all__ = ["Planner"]
 
 _TOKENS_PER_THREAD = 1 << 16  # below this a thread costs more than it saves
 _WARP_TOKENS = 256  # chunks of count_workload are multiples of this, as LPLB has them
+_RUN, _SOLVE_PROBS = 0, 1  # collective methods, so that ranks that call different ones find out
 
 
 class Planner:
@@ -99,8 +102,9 @@ class Planner:
         """See the class."""
 
         def build() -> None:
+            if isinstance(redundant_to_original, torch.Tensor):
+                self._set_device(redundant_to_original.device if device is None else device)
             topology.check(redundant_to_original)
-            self._set_device(redundant_to_original.device if device is None else device)
             self._set_ranks(ep_size, ranks_per_node)
             self._set_layout(redundant_to_original, n_routed_experts, n_logical_routed_experts)
             self._set_solver(solver, verbose)
@@ -125,13 +129,15 @@ class Planner:
         """Return a planner for any placement, with any number of copies per expert, every copy planned separately.
 
         Args:
-            placement: where the experts are. Group-closed: no expert has slots in two groups.
+            placement: where the experts are. Group-closed: no expert has slots in two groups. Make it outside of any
+                collective: `Placement` refuses what is wrong on its own rank only.
             group_size: consecutive ranks that balance among themselves, 1 to 128; by default all ranks.
             group: as for `Planner`; its size must be ``placement.n_ranks``.
             device: as for `Planner`; by default the CPU.
             ranks_per_node: as for `Planner`.
-            rank_speed: ``[n_ranks]``, positive and finite, how fast each rank is; by default all the same. The plan
-                minimises the largest load / speed.
+            rank_speed: ``[n_ranks]``, 1e-6 to 1e6, how fast each rank is; by default all the same. The plan minimises
+                the largest load / speed. Tested from 0.5 to 2; over several decades the interior point may need more
+                than eight steps.
             solver: as for `Planner`.
             verbose: as for `Planner`.
 
@@ -145,7 +151,7 @@ class Planner:
                 raise TypeError(f"placement is a {type(placement).__name__}, allowed is an lplb.Placement")
             self._set_device("cpu" if device is None else device)
             self._set_ranks(placement.n_ranks, ranks_per_node)
-            self.group_size = checked_group_size(placement, group_size)
+            self.group_size = checked_group_size(placement.n_ranks, group_size)
             self.n_group = self.ep_size // self.group_size
             self.n_routed_experts = placement.n_physical
             self.n_logical_routed_experts = placement.n_logical
@@ -219,7 +225,7 @@ class Planner:
         self.verbose = bool(verbose)
 
     def _identity_order(self) -> Placement:
-        return self._layout(torch.arange(self.n_logical_routed_experts))
+        return self._layout(torch.arange(self.n_logical_routed_experts, device="cpu"))
 
     def _layout(self, order: torch.Tensor) -> Placement:
         assert self.r2o is not None
@@ -241,17 +247,34 @@ class Planner:
         self._fingerprint = exchange.fingerprint(
             placement.phy2log.tolist(), placement.n_logical, self.ep_size, self.group_size, speed, self.solver
         )
-        self._prefix = torch.zeros(max_threads, placement.n_logical, dtype=torch.int32)
+        with torch.inference_mode(False), torch.device("cpu"):  # whatever mode and device the caller builds models in
+            self._make_buffers(placement.n_logical)
+        self._has_plan = False
+
+    def _make_buffers(self, n_logical: int) -> None:
+        self._prefix = torch.zeros(self._max_threads, n_logical, dtype=torch.int32)
         # what this rank sends, with the words that say all is well, and what all ranks send
-        self._row = torch.zeros(placement.n_logical + exchange.WORDS, dtype=torch.int32)
-        self._row[placement.n_logical :] = torch.tensor([0, *self._fingerprint])
-        self._all_well = self._row[placement.n_logical :].repeat(self._exchange.size, 1)
+        self._row = torch.zeros(n_logical + exchange.WORDS, dtype=torch.int32)
+        self._all_well = {}
+        for method in (_RUN, _SOLVE_PROBS):
+            words = torch.tensor([0, method, *self._fingerprint], dtype=torch.int32)
+            self._all_well[method] = words.repeat(self._exchange.size, 1)
+        self._row[n_logical:] = self._all_well[_RUN][0]
         alone = isinstance(self._exchange, exchange.Local)
         self._table = self._row.view(1, -1) if alone else self._row.repeat(self._exchange.size, 1)
-        self._loads = torch.zeros(placement.n_logical, dtype=torch.int64)
+        self._loads = torch.zeros(n_logical, dtype=torch.int64)
         self._plan = self._new_plan((), self.solver)
         self._plan_addresses = self._plan.addresses()
-        self._has_plan = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy or pickle all but what is made anew; a planner under a process group cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_backend")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build the backend again; the last plan is not kept."""
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+        self._compile(self.placement, self._speed)
 
     # ---- what a user of LPLB reads
 
@@ -267,8 +290,11 @@ class Planner:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes that the planner keeps; `run` allocates nothing but its result."""
-        tensors = [self._prefix, self._row, self._all_well, self._table, self._loads, *self._plan.tensors()]
+        """Bytes that the planner keeps, most of them untouched where few threads run.
+
+        Without a group and for contiguous indices, `run` allocates nothing but its result.
+        """
+        tensors = [self._prefix, self._row, *self._all_well.values(), self._table, self._loads, *self._plan.tensors()]
         return self._backend.workspace_bytes + sum(t.numel() * t.element_size() for t in tensors)
 
     @property
@@ -351,10 +377,10 @@ class Planner:
 
     def _original_first(self) -> torch.Tensor:
         """int64 ``[n_logical, 2]``: the slot of the original and of its copy, or -1."""
-        slot = torch.arange(self.n_routed_experts).view(self.ep_size, -1)
+        slot = torch.arange(self.n_routed_experts, device="cpu").view(self.ep_size, -1)
         n_own = self.n_local_logical_routed_experts
         own, copies = slot[:, :n_own].flatten(), slot[:, n_own:].flatten()
-        log2phy = torch.full((self.n_logical_routed_experts, 2), -1)
+        log2phy = torch.full((self.n_logical_routed_experts, 2), -1, device="cpu")
         log2phy[self.phy2log[own].long(), 0] = own
         log2phy[self.phy2log[copies].long(), 1] = copies
         return log2phy
@@ -378,7 +404,7 @@ class Planner:
         check_indices(idx, self.device)
         n_sms = whole_number("n_sms", n_sms, 1)
         flat = idx.contiguous()
-        prefix = torch.empty(n_sms, self.n_logical_routed_experts, dtype=torch.int32)
+        prefix = torch.empty(n_sms, self.n_logical_routed_experts, dtype=torch.int32, device="cpu")
         with self._lock:
             self._count(flat, _sm_chunks(flat.numel(), n_sms), prefix, min(n_sms, self._max_threads))
         return prefix[-1].clone(), prefix
@@ -412,7 +438,7 @@ class Planner:
                 self._row[: loads.numel()] = loads
             except Exception as problem:
                 error = problem
-            self._gather(error)
+            self._gather(error, _SOLVE_PROBS)
             self._solve_gathered(avail_counter)
             original = self._original_first()[:, 0]
             own_slots = (self.n_group, self.group_size, -1)
@@ -460,14 +486,14 @@ class Planner:
         share = checked_share(o_weight, (self.n_group, self.group_size, self.num_redundants), self.device)
         own = self.phy2log.view(self.n_group, self.group_size, -1).long()
         n_copied = self.num_redundants * self.combined_redundant_experts
-        stays = torch.ones(self.n_logical_routed_experts, dtype=torch.float64)
+        stays = torch.ones(self.n_logical_routed_experts, dtype=torch.float64, device="cpu")
         stays[own[:, :, :n_copied]] = share.repeat(1, 1, self.combined_redundant_experts)
         kept = (stays * count).floor().int()
         original, copy = self._original_first().unbind(1)
-        quota = torch.zeros(self.n_routed_experts, dtype=torch.int32)
+        quota = torch.zeros(self.n_routed_experts, dtype=torch.int32, device="cpu")
         quota[original] = kept
         quota[copy[copy >= 0]] = (count - kept)[copy >= 0]
-        physical = torch.empty(idx.shape, dtype=idx.dtype)
+        physical = torch.empty(idx.shape, dtype=idx.dtype, device="cpu")
         with self._lock:
             self._assign(
                 idx.contiguous(), _sm_chunks(idx.numel(), n_sms), prefix, count, 0, quota, physical, self._max_threads
@@ -519,20 +545,20 @@ class Planner:
                 check_counter(avail_counter, self.device)
                 threads = self._threads(idx.numel(), n_sms)
                 chunks = (idx.numel(), threads, max(1, -(-idx.numel() // threads)))
-                physical = torch.empty(idx.shape, dtype=idx.dtype)
+                physical = torch.empty(idx.shape, dtype=idx.dtype, device="cpu")
                 source = idx if idx.is_contiguous() else physical.copy_(idx)
                 self._count(source, chunks, self._prefix, threads)
                 self._row[: self.n_logical_routed_experts] = self._prefix[threads - 1]
             except Exception as problem:
                 error = problem
-            self._gather(error)
+            self._gather(error, _RUN)
             self._solve_gathered(avail_counter)
             self._assign(
                 source, chunks, self._prefix, self._table, self._exchange.rank, self._plan.quota, physical, threads
             )
             return physical
 
-    def _gather(self, error: Exception | None) -> None:
+    def _gather(self, error: Exception | None, method: int) -> None:
         """Exchange this rank's row of the table, or its error."""
         table, n_logical = self._table, self.n_logical_routed_experts
         if isinstance(self._exchange, exchange.Local):
@@ -542,8 +568,9 @@ class Planner:
             if error is not None:
                 self._row[:n_logical] = 0
             self._row[n_logical] = exchange.error_word(error)
+            self._row[n_logical + 1] = method
             self._exchange.gather(self._row, table)
-            if not torch.equal(table[:, n_logical:], self._all_well):
+            if not torch.equal(table[:, n_logical:], self._all_well[method]):
                 exchange.raise_together(self._exchange, table[:, n_logical:].tolist(), error)
         most = _C.total(table.data_ptr(), table.shape[1], self._exchange.size, n_logical, self._loads.data_ptr())
         if most > MOST_TOKENS:
@@ -574,7 +601,7 @@ class Planner:
         if not self.verbose:
             threads = min(self._max_threads, n_loads * self.n_group) if n_loads > 1 else 1
             return self._backend.solve(loads.data_ptr(), n_loads, SOLVERS[solver], addresses, 0, threads)
-        log = torch.zeros(self.n_group, _C.max_iterations + 1, len(_C.log_fields), dtype=torch.float64)
+        log = torch.zeros(self.n_group, _C.max_iterations + 1, len(_C.log_fields), dtype=torch.float64, device="cpu")
         address = log.data_ptr() if n_loads == 1 else 0
         solved = self._backend.solve(loads.data_ptr(), n_loads, SOLVERS[solver], addresses, address, 1)
         size = f"{self.ep_size} ranks in {self.n_group} groups of {self.group_size}, {self.placement}"

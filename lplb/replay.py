@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 
 from lplb import topology
+from lplb.arguments import whole_number
 from lplb.eplb import rebalance_experts, spread_copies
 from lplb.exchange import Known
-from lplb.placement import Placement, whole_number
+from lplb.placement import Placement
 from lplb.plan import Plan
 from lplb.planner import Planner
 from lplb.trace import RouterTrace

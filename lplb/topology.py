@@ -129,7 +129,7 @@ def _at_least_two(topology: str, name: str, value: int) -> None:
 
 
 def _from_columns(*columns: list[int]) -> torch.Tensor:
-    return torch.tensor(columns, dtype=torch.int32).T.contiguous()
+    return torch.tensor(columns, dtype=torch.int32, device="cpu").T.contiguous()
 
 
 def lay_out(r2o: torch.Tensor, order: torch.Tensor, n_groups: int, combined: int) -> torch.Tensor:

@@ -420,3 +420,17 @@ def test_group_is_usable_afterwards(sick_group):
     for got, again, want in zip(new, old, expected, strict=True):
         assert np.array_equal(got, want)
         assert np.array_equal(again, want)
+
+
+def different_methods(rank):
+    planner = ring_planner(2, dist.group.WORLD)
+    counts = torch.ones(2 * N_OWN, dtype=torch.int32)
+    one = call(planner.solve_probs, counts, None) if rank else call(planner.run, torch.tensor([0]), None)
+    return one, call(planner.run, torch.tensor([0]), None)
+
+
+def test_ranks_that_call_different_methods_find_out(tmp_path):
+    for mixed, afterwards in on_ranks(2, tmp_path, different_methods):
+        assert mixed == ("ValueError", mixed[1])
+        assert "rank 1 has another placement or other settings than rank 0, or called another method" in mixed[1]
+        assert afterwards is None

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lplb.placement import MAX_GROUP_SIZE, Placement, whole_number
+from lplb.arguments import MAX_GROUP_SIZE, whole_number
+from lplb.placement import Placement
 
 # Two ranks of three slots, four experts.
 PHY2LOG = [2, 0, 3, 1, 3, 2]

@@ -89,6 +89,7 @@ def check_certificate(plan: Plan, group: int, t_star: Fraction) -> None:
     assert Fraction(bound) <= t_star * (1 + Fraction(1, 10**9))
     if plan.solver == "flow":
         assert abs(Fraction(bound) - t_star) <= t_star * Fraction(1, 10**12)
+    assert bound <= most  # what is reached is no less than the optimum, and the bound no more
     assert gap >= 0
     assert gap <= GAP_TOLERANCE or most <= math.ceil(bound * (1 - BOUND_NOISE))
 

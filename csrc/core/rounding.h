@@ -8,6 +8,7 @@ inline namespace LPLB_ISA {
 
 struct WholeOutcome {
   int64_t max_load;  // with speeds ⌈max load_r / v_r⌉
+  double level;      // max load_r / v_r
   double bound;      // the best load(A)/v(A) met on the way, in tokens; 0 if none
 };
 
@@ -98,7 +99,7 @@ LPLB_HD inline WholeOutcome whole_tokens(const Group& g, const Workspace& x, dou
   }
   Flow<int64_t, kWords> f{g, x.quota, x.rank_tokens, x.rank_capacity, x.reach, 0, {}, {}};
   double level = rounding::whole_level(g, set, total, bound * (1.0 - rounding::kBoundNoise));
-  WholeOutcome out{0, 0.0};
+  WholeOutcome out{0, 0.0, 0.0};
   for (bool ready = false;;) {
     for (int r = 0; r < g.n_ranks; ++r) f.limit[r] = rounding::capacity(level, g.speed[r]);
     f.classify();
@@ -114,12 +115,11 @@ LPLB_HD inline WholeOutcome whole_tokens(const Group& g, const Workspace& x, dou
     out.bound = ratio > out.bound ? ratio : out.bound;
     level = rounding::whole_level(g, set, stuck, level);
   }
-  double worst = 0.0;
   for (int r = 0; r < g.n_ranks; ++r) {
     const double l = static_cast<double>(f.load[r]) / g.speed[r];
-    worst = l > worst ? l : worst;
+    out.level = l > out.level ? l : out.level;
   }
-  out.max_load = static_cast<int64_t>(std::ceil(worst));
+  out.max_load = static_cast<int64_t>(std::ceil(out.level));
   return out;
 }
 

@@ -43,6 +43,7 @@ LPLB_HD inline Result finish(const Group& g, const Workspace& x, double mean, do
   const WholeOutcome whole = whole_tokens<kWords>(g, x, mean, bound * mean);
   bound *= mean;
   if (whole.bound > bound) bound = whole.bound;
+  if (whole.level < bound) bound = whole.level;  // reached, so no bound; above it by rounding alone
   double gap = bound > 0.0 ? (objective * mean - bound) / bound : 0.0;
   if (!(gap > 0.0)) gap = 0.0;
   const bool whole_optimum = static_cast<double>(whole.max_load) <= std::ceil(bound * (1.0 - rounding::kBoundNoise));

@@ -41,7 +41,7 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
   const size_t counter_bytes = aligned((n_logical_ + 1) * sizeof(int32_t));
   const size_t per_thread = solve_bytes + share_bytes + counter_bytes;
   memory_size_ = per_thread * max_threads + 64;
-  memory_ = std::make_unique<std::byte[]>(memory_size_);
+  memory_.reset(new std::byte[memory_size_]);  // not touched: threads that never run cost no memory
   std::byte* base = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
   workspaces_.resize(static_cast<size_t>(max_threads) * groups_.size());
   for (int t = 0; t < max_threads; ++t, base += per_thread) {

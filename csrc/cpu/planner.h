@@ -40,7 +40,6 @@ class Planner {
   Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
           const std::vector<double>& speed, int max_threads);
 
-  int n_groups() const { return groups_.size(); }
   int64_t workspace_bytes() const { return static_cast<int64_t>(memory_size_); }
 
   // prefix [chunks.count, n_logical]: tokens per expert in the chunks up to and with this one. -1 counts nowhere.
