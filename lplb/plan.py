@@ -16,8 +16,7 @@ SOLVERS = {"ipm": 0, "flow": 1}
 _SENTENCES = (
     "The plan is within the gap tolerance of the lower bound, or its whole-token maximum is the least there is.",
     "The interior point stopped at its iteration limit; the plan is feasible, and its gap says how far it may be off.",
-    "The interior point met a matrix that is not positive definite; the plan is feasible, and its gap says how far "
-    "it may be off.",
+    "The solver met the limits of float64; the plan is feasible, and its gap says how far it may be off.",
 )
 
 

@@ -107,6 +107,26 @@ def check(r2o: torch.Tensor) -> None:
         _check_column(k, [rows[r][k] for r in range(ranks)])
 
 
+def lay_out(r2o: torch.Tensor, order: torch.Tensor, n_groups: int, combined: int) -> torch.Tensor:
+    """Return the placement that LPLB makes of a topology.
+
+    Args:
+        r2o: checked topology, ``[group_size, classes]``.
+        order: logical experts rank by rank, ``[n_logical]``: rank ``r`` owns ``order.view(n_ranks, -1)[r]``.
+        n_groups: how many groups of ``group_size`` consecutive ranks there are.
+        combined: redundant slots per rank and class.
+
+    Returns:
+        phy2log, int64 ``[n_physical]``: per rank its own experts, then redundant slots; redundant slot
+        ``c * classes + k`` of rank ``r`` copies own slot ``c * classes + k`` of rank ``r2o[r, k]``.
+    """
+    group_size, classes = r2o.shape
+    own = order.view(n_groups, group_size, -1).long()
+    owner = r2o.long().repeat(1, combined).expand(n_groups, -1, -1)  # of every redundant slot
+    copies = own[:, :, : classes * combined].gather(1, owner)
+    return torch.cat([own, copies], dim=2).flatten()
+
+
 def _check_column(k: int, origins: list[int]) -> None:
     ranks = len(origins)
     copier: dict[int, int] = {}
@@ -130,23 +150,3 @@ def _at_least_two(topology: str, name: str, value: int) -> None:
 
 def _from_columns(*columns: list[int]) -> torch.Tensor:
     return torch.tensor(columns, dtype=torch.int32, device="cpu").T.contiguous()
-
-
-def lay_out(r2o: torch.Tensor, order: torch.Tensor, n_groups: int, combined: int) -> torch.Tensor:
-    """Return the placement that LPLB makes of a topology.
-
-    Args:
-        r2o: checked topology, ``[group_size, classes]``.
-        order: logical experts rank by rank, ``[n_logical]``: rank ``r`` owns ``order.view(n_ranks, -1)[r]``.
-        n_groups: how many groups of ``group_size`` consecutive ranks there are.
-        combined: redundant slots per rank and class.
-
-    Returns:
-        phy2log, int64 ``[n_physical]``: per rank its own experts, then redundant slots; redundant slot
-        ``c * classes + k`` of rank ``r`` copies own slot ``c * classes + k`` of rank ``r2o[r, k]``.
-    """
-    group_size, classes = r2o.shape
-    own = order.view(n_groups, group_size, -1).long()
-    owner = r2o.long().repeat(1, combined).expand(n_groups, -1, -1)  # of every redundant slot
-    copies = own[:, :, : classes * combined].gather(1, owner)
-    return torch.cat([own, copies], dim=2).flatten()

@@ -47,7 +47,10 @@ LPLB_HD inline Result finish(const Group& g, const Workspace& x, double mean, do
   double gap = bound > 0.0 ? (objective * mean - bound) / bound : 0.0;
   if (!(gap > 0.0)) gap = 0.0;
   const bool whole_optimum = static_cast<double>(whole.max_load) <= std::ceil(bound * (1.0 - rounding::kBoundNoise));
-  if (gap <= kGapTolerance || whole_optimum) status = Status::solved;
+  if (gap <= kGapTolerance || whole_optimum)
+    status = Status::solved;
+  else if (status == Status::solved)  // a solver's word is not enough
+    status = Status::numerical;
   return {whole.max_load, bound, gap, iterations, status};
 }
 
