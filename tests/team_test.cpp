@@ -53,9 +53,10 @@ namespace {
 using namespace lplb;
 using Random = std::mt19937_64;
 
-constexpr int kTeamSizes[] = {1, 2, 3, 7, 32, 64};
+constexpr int kJustAWarp = 0;
+constexpr int kTeamSizes[] = {kJustAWarp, kWarpSize, 64, 128};
 constexpr int kGroupSizes[] = {128, 1, 16, 65, 3, 8, 33, 2, 72, 5, 24, 4, 64, 12, 31, 100, 7, 48, 63, 127};
-constexpr int kMostCases = 120;      // per team size, at scale 1
+constexpr int kMostCases = 60;       // per team size, at scale 1
 constexpr double kWork = 24000;      // per team size, at scale 1: Σ ranks · members, which barriers take time for
 constexpr double kResidual = 1e-13;  // of a solve, relative to n·|M|·|x|
 
@@ -157,7 +158,8 @@ Problem random_problem(Random& random, int group_size, LoadKind kind) {
   const double decimals = spread[draw(random, 0, 3)];
   if (decimals > 0.0)
     for (double& v : p.speed) v = std::pow(10.0, draw(random, -decimals, decimals));
-  p.groups = std::make_unique<GroupTables>(p.phy2log, p.n_logical, p.n_ranks, group_size, p.speed);
+  p.groups =
+      std::make_unique<GroupTables>(p.phy2log, p.n_logical, p.n_ranks, group_size, p.speed, BuiltinAlgebra::width);
   std::ostringstream name;
   name << n_groups << " x " << group_size << " ranks, " << n_experts << " experts in " << most << " slots, load "
        << kLoadNames[kind] << ", speeds 1e±" << decimals;
@@ -198,9 +200,9 @@ class Memory {
   void* begin_;
 };
 
-size_t solve_bytes(const Problem& p) {
+size_t problem_bytes(const Problem& p) {
   size_t bytes = 0;
-  for (int g = 0; g < p.groups->size(); ++g) bytes = std::max(bytes, carve((*p.groups)[g], nullptr, nullptr));
+  for (int g = 0; g < p.groups->size(); ++g) bytes = std::max(bytes, solve_bytes((*p.groups)[g]));
   return bytes;
 }
 
@@ -210,10 +212,14 @@ void solve_problem(Team& team, const Problem& p, Solver solver, Memory& memory, 
   for (int g = 0; g < p.groups->size(); ++g) {
     const Group& group = (*p.groups)[g];
     Workspace x;
-    carve(group, memory.begin(), &x);
+    carve(group, memory.begin(), x);
     const GroupPlan plan{out.quota.data(), out.rank_load.data(), &out.results[g]};
     IterationRow* log = solver == Solver::ipm ? &out.log[g * (kMaxIterations + 1)] : nullptr;
-    solve_group(team, group, x, p.loads.data(), solver, plan, log);
+    const auto nothing = [] {};
+    if (set_words(group.n_ranks) == 1)
+      solve_group<1>(team, BuiltinAlgebra{}, group, x, p.loads.data(), solver, plan, log, nothing);
+    else
+      solve_group<2>(team, BuiltinAlgebra{}, group, x, p.loads.data(), solver, plan, log, nothing);
     if (team.rank() == team.size() - 1) {  // another member than the one that rounds
       std::copy(x.y, x.y + group.n_replicas, out.split.begin() + g * p.phy2log.size());
       std::copy(out.quota.begin(), out.quota.end(), out.seen.begin());
@@ -224,7 +230,7 @@ void solve_problem(Team& team, const Problem& p, Solver solver, Memory& memory, 
 
 Solution solve_alone(const Problem& p, Solver solver) {
   Solution s(p);
-  Memory memory(solve_bytes(p), 0xFF);
+  Memory memory(problem_bytes(p), 0xFF);
   Solo team;
   const long before = allocations.load();
   solve_problem(team, p, solver, memory, s);
@@ -269,6 +275,17 @@ void check_same_solution(const Solution& got, const Solution& wanted, const std:
   }
 }
 
+// Runs f(team) on a block of `size` threads, or on a warp by itself.
+template <class F>
+void run_team(int size, F f) {
+  if (size == kJustAWarp)
+    run_warp(f);
+  else
+    run_block(size, f);
+}
+
+std::string team_name(int size) { return size == kJustAWarp ? "a warp" : std::to_string(size) + " threads"; }
+
 // One team solves all problems, with both solvers, in the same memory.
 void compare_solutions(int size, double scale) {
   Random random(1000 + size);
@@ -276,10 +293,11 @@ void compare_solutions(int size, double scale) {
   double work = 0.0;
   for (int i = 0; i < scale * kMostCases; ++i) {
     const int group_size = kGroupSizes[i % std::size(kGroupSizes)];
-    if (i > 0 && work + group_size * size > scale * kWork) continue;  // the first, with 128 ranks, always
+    const int members = std::max(size, kWarpSize);
+    if (i > 0 && work + group_size * members > scale * kWork) continue;  // the first, with 128 ranks, always
     const auto kind = static_cast<LoadKind>((i + i / std::size(kGroupSizes)) % kLoadKinds);  // each size meets all
     problems.push_back(random_problem(random, group_size, kind));
-    work += problems.back().n_ranks * size;
+    work += problems.back().n_ranks * members;
   }
 
   std::vector<Solution> alone, together;
@@ -295,17 +313,17 @@ void compare_solutions(int size, double scale) {
       check(ipm.max_load == flow.max_load, p.name + ": max_load " + std::to_string(ipm.max_load) + " by ipm, " +
                                                std::to_string(flow.max_load) + " by flow");
     }
-    bytes = std::max(bytes, solve_bytes(p));
+    bytes = std::max(bytes, problem_bytes(p));
   }
 
   Memory memory(bytes, 0x55);
-  run_team(size, [&](ThreadTeam& team) {
+  run_team(size, [&](auto& team) {
     for (size_t i = 0; i < together.size(); ++i)
       solve_problem(team, problems[i / 2], i % 2 == 0 ? Solver::ipm : Solver::flow, memory, together[i]);
   });
   for (size_t i = 0; i < together.size(); ++i)
     check_same_solution(together[i], alone[i],
-                        std::to_string(size) + " threads, " + problems[i / 2].name + (i % 2 == 0 ? ", ipm" : ", flow"));
+                        team_name(size) + ", " + problems[i / 2].name + (i % 2 == 0 ? ", ipm" : ", flow"));
 }
 
 // The Cholesky by itself
@@ -351,11 +369,10 @@ struct Factored {
 
 template <class Team>
 void factor_and_solve(Team& team, int n, Factored& f) {
-  const bool positive = factor(team, n, f.m.data(), f.inv_d.data());
+  const bool positive = BuiltinAlgebra::factor_and_solve<kColumns>(team, n, f.m.data(), f.inv_d.data(), f.x.data());
   f.answer[team.rank()] = positive;
-  if (!positive) return;
-  solve<kColumns>(team, n, f.m.data(), f.inv_d.data(), f.x.data());
-  solve<1>(team, n, f.m.data(), f.inv_d.data(), f.one.data());
+  if (positive) BuiltinAlgebra::solve(team, n, f.m.data(), f.inv_d.data(), f.one.data());
+  team.sync();
 }
 
 void check_residual(const System& s, const Factored& f, const std::string& what) {
@@ -370,17 +387,15 @@ void check_residual(const System& s, const Factored& f, const std::string& what)
       if (!(std::abs(residual) <= kResidual * n * size))
         fail(what + ": residual " + std::to_string(residual / size) + " in row " + std::to_string(i));
     }
-  check_same_bits(f.one.data(), f.x.data(), n, what + ": solve<1> against solve<2>");
+  check_same_bits(f.one.data(), f.x.data(), n, what + ": one right-hand side against two");
 }
 
-void compare_factors(int size, double scale) {
+void compare_factors(int size) {
   Random random(2000 + size);
-  const int repeats = size <= 7 ? static_cast<int>(std::ceil(5 * scale)) : 1;
   std::vector<System> systems;
-  for (int n = 8; n <= kMaxGroup; n += kPad)
-    for (int i = 0; i < repeats; ++i) systems.push_back(random_system(random, n));
+  for (int n = 8; n <= kMaxGroup; n += 8) systems.push_back(random_system(random, n));
   const size_t n_positive = systems.size();
-  for (size_t i = 0; i < n_positive; i += repeats) {  // and the same sizes with a pivot that is not positive
+  for (size_t i = 0; i < n_positive; ++i) {  // and the same sizes with a pivot that is not positive
     System s = systems[i];
     const int k = draw(random, 0, s.n - 1);
     for (int j = 0; j < s.n; ++j) s.m[k * s.n + j] = s.m[j * s.n + k] = 0.0;
@@ -390,12 +405,12 @@ void compare_factors(int size, double scale) {
   }
 
   std::vector<Factored> together;
-  for (const System& s : systems) together.emplace_back(s, size);
-  run_team(size, [&](ThreadTeam& team) {
+  for (const System& s : systems) together.emplace_back(s, std::max(size, kWarpSize));
+  run_team(size, [&](auto& team) {
     for (size_t i = 0; i < systems.size(); ++i) factor_and_solve(team, systems[i].n, together[i]);
   });
   for (size_t i = 0; i < systems.size(); ++i) {
-    const std::string what = std::to_string(size) + " threads, matrix of " + std::to_string(systems[i].n);
+    const std::string what = team_name(size) + ", matrix of " + std::to_string(systems[i].n);
     const bool positive = i < n_positive;
     Factored alone(systems[i], 1);
     Solo solo;
@@ -460,7 +475,7 @@ int main(int argc, char** argv) {
   check_counting();
   check_shares(scale);
   for (const int size : kTeamSizes) {
-    compare_factors(size, scale);
+    compare_factors(size);
     compare_solutions(size, scale);
   }
   std::printf("%ld passed, 0 failed\n", passed);

@@ -2,14 +2,16 @@
 // under ThreadSanitizer. Fulfils the contract at the top of csrc/core/team.h.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <thread>
 #include <vector>
 
-#include "../csrc/core/team.h"
+#include "../csrc/core/reduce.h"
 
 namespace lplb {
 
@@ -58,42 +60,159 @@ class Barrier {
   std::condition_variable next_phase_;
 };
 
-// One member. sum and max are computed by every member for itself, so they need no barrier.
-class ThreadTeam {
+// What the members of a warp pass to each other.
+struct WarpMemory {
+  Barrier barrier{kWarpSize};
+  uint64_t word[kWarpSize];
+};
+
+// One member of a warp of kWarpSize host threads.
+class ThreadWarp {
  public:
   static constexpr bool kSolo = false;
 
-  ThreadTeam(Barrier& barrier, int rank, int size) : barrier_(barrier), rank_(rank), size_(size) {}
+  ThreadWarp(WarpMemory& memory, int rank) : memory_(memory), rank_(rank) {}
+  int rank() const { return rank_; }
+  int size() const { return kWarpSize; }
+  int n_warps() const { return 1; }
+  int warp_index() const { return 0; }
+  ThreadWarp& warp() { return *this; }
+  void sync() { memory_.barrier.wait(); }
+  template <class F>
+  void each(int n, F f) {
+    for (int i = rank_; i < n; i += kWarpSize) f(i);
+  }
+  template <class... F>
+  Values<sizeof...(F)> sums(int n, F... f) {
+    return reduce::warp_sums(*this, n, f...);
+  }
+  template <class... F>
+  Values<sizeof...(F)> maxima(int n, F... f) {
+    return reduce::warp_maxima(*this, n, f...);
+  }
+  template <class F>
+  void first_warp(F f) {
+    f(*this);
+    sync();
+  }
+  template <class T>
+  T get(T value, int member) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    uint64_t word = 0;
+    std::memcpy(&word, &value, sizeof value);
+    exchange(word, [&](const uint64_t* all) { std::memcpy(&value, &all[member], sizeof value); });
+    return value;
+  }
+  uint32_t ballot(bool bit) {
+    uint32_t bits = 0;
+    exchange(bit, [&](const uint64_t* all) {
+      for (int i = 0; i < kWarpSize; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
+    });
+    return bits;
+  }
+  uint32_t match(uint32_t x) {
+    uint32_t same = 0;
+    exchange(x, [&](const uint64_t* all) {
+      for (int i = 0; i < kWarpSize; ++i) same |= static_cast<uint32_t>(all[i] == x) << i;
+    });
+    return same;
+  }
+  uint32_t largest(uint32_t x) {
+    exchange(x, [&](const uint64_t* all) { x = static_cast<uint32_t>(*std::max_element(all, all + kWarpSize)); });
+    return x;
+  }
+  uint64_t unite(uint64_t x) {
+    exchange(x, [&](const uint64_t* all) {
+      for (int i = 0; i < kWarpSize; ++i) x |= all[i];
+    });
+    return x;
+  }
+
+ private:
+  template <class Read>
+  void exchange(uint64_t word, Read read) {
+    memory_.word[rank_] = word;
+    sync();
+    read(memory_.word);
+    sync();
+  }
+
+  WarpMemory& memory_;
+  const int rank_;
+};
+
+// What the members of a block share.
+struct BlockMemory {
+  explicit BlockMemory(int size) : barrier(size), warps(size / kWarpSize) {}
+  Barrier barrier;
+  std::vector<WarpMemory> warps;
+  double buffer[reduce::kBufferSize];
+};
+
+// One member of a block of host threads, a multiple of kWarpSize.
+class ThreadBlock {
+ public:
+  static constexpr bool kSolo = false;
+
+  ThreadBlock(BlockMemory& memory, int rank, int size)
+      : memory_(memory), rank_(rank), size_(size), warp_(memory.warps[rank / kWarpSize], rank % kWarpSize) {}
   int rank() const { return rank_; }
   int size() const { return size_; }
-  void sync() { barrier_.wait(); }
+  int n_warps() const { return size_ / kWarpSize; }
+  int warp_index() const { return rank_ / kWarpSize; }
+  ThreadWarp& warp() { return warp_; }
+  void sync() { memory_.barrier.wait(); }
   template <class F>
   void each(int n, F f) {
     for (int i = rank_; i < n; i += size_) f(i);
   }
-  template <class F>
-  double sum(int n, F f) {
-    return fixed_sum(n, f);
+  template <class... F>
+  Values<sizeof...(F)> sums(int n, F... f) {
+    return reduce::block_sums(*this, memory_.buffer, round_, n, f...);
+  }
+  template <class... F>
+  Values<sizeof...(F)> maxima(int n, F... f) {
+    return reduce::block_maxima(*this, memory_.buffer, round_, n, f...);
   }
   template <class F>
-  double max(int n, F f) {
-    return fixed_max(n, f);
+  void first_warp(F f) {
+    if (warp_index() == 0) f(warp_);
+    sync();
+  }
+  template <class T>
+  T fresh(const T* p) {
+    return *p;
   }
 
  private:
-  Barrier& barrier_;
+  BlockMemory& memory_;
   const int rank_, size_;
+  ThreadWarp warp_;
+  int round_ = 0;
 };
 
-// Runs f(team) on `size` threads and waits for them.
+// Runs f(block) on `size` threads and waits for them.
 template <class F>
-void run_team(int size, F f) {
-  Barrier barrier(size);
+void run_block(int size, F f) {
+  BlockMemory memory(size);
   std::vector<std::thread> threads;
   for (int rank = 0; rank < size; ++rank)
-    threads.emplace_back([&barrier, &f, rank, size] {
-      ThreadTeam team(barrier, rank, size);
-      f(team);
+    threads.emplace_back([&memory, &f, rank, size] {
+      ThreadBlock block(memory, rank, size);
+      f(block);
+    });
+  for (std::thread& t : threads) t.join();
+}
+
+// Runs f(warp) on the threads of one warp and waits for them.
+template <class F>
+void run_warp(F f) {
+  WarpMemory memory;
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < kWarpSize; ++rank)
+    threads.emplace_back([&memory, &f, rank] {
+      ThreadWarp warp(memory, rank);
+      f(warp);
     });
   for (std::thread& t : threads) t.join();
 }

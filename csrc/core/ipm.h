@@ -5,10 +5,10 @@
 //
 // The start is feasible, primal and dual, and every step keeps it so, up to rounding; so there are no residuals to
 // carry, and m_e itself is never needed: z_p takes its steps. Loads arrive scaled to a mean of 1 per unit of speed.
-// Experts without tokens are masked out: on_p = 0, y_p = z_p = 1, and no sum sees them.
+// Replicas of experts without tokens stay at y_p = 0, z_p = 1 and take no steps; no sum sees them.
 //
 // A rank's slack and its dual, (s_r, u_r), are one more complementary pair like (y_p, z_p), and are stored behind them:
-// the pairs are 0 … n_replicas + n_ranks - 1.
+// the pairs are 0 … n_replicas + n_ranks - 1. Divisions are slow on a GPU: 1/z is kept, and dy follows from dz.
 #pragma once
 
 #include "linalg.h"
@@ -28,72 +28,73 @@ struct IpmOutcome {
 
 namespace ipm {
 
-LPLB_HD inline int n_pairs(const Group& g) { return g.n_replicas + g.n_ranks; }
+template <class AnyGroup>
+LPLB_HD inline int n_pairs(const AnyGroup& g) {
+  return g.n_replicas + g.n_ranks;
+}
 
 // y: the even split; t a little above its maximum; u = 1/Σv; z_p = u_r. Returns t.
-template <class Team>
-LPLB_HD inline double start(Team& team, const Group& g, const Workspace& x) {
+template <class Team, class AnyGroup>
+LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x) {
   double *s = x.y + g.n_replicas, *u = x.z + g.n_replicas;
-  const double u0 = 1.0 / team.sum(g.n_ranks, [&](int r) { return g.speed[r]; });
+  const double u0 = 1.0 / team.sums(g.n_ranks, [&](int r) { return g.speed[r]; })[0];
   team.each(g.n_experts, [&](int e) {
     const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
     const bool on = x.w[e] > 0.0;
     const double even = x.w[e] / (end - begin);
     for (int p = begin; p < end; ++p) {
-      x.on[p] = on ? 1.0 : 0.0;
-      x.y[p] = on ? even : 1.0;
+      x.y[p] = even;
       x.z[p] = on ? u0 : 1.0;
+      x.dz[p] = 0.0;
     }
   });
   team.sync();
   team.each(g.n_ranks, [&](int r) {
     double load = x.a[r];
     for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) {
-      const int p = g.rank_replica[i];
-      load += x.on[p] * x.y[p];
+      load += x.y[g.rank_replica[i]];
     }
     s[r] = load;
     u[r] = u0;
-    x.on[g.n_replicas + r] = 1.0;
+    x.dz[g.n_replicas + r] = 0.0;
   });
   team.sync();
-  const double t = kStartAbove * team.max(g.n_ranks, [&](int r) { return s[r] / g.speed[r]; });
+  const double t = kStartAbove * team.maxima(g.n_ranks, [&](int r) { return s[r] * g.inv_speed[r]; })[0];
   team.sync();
   team.each(g.n_ranks, [&](int r) { s[r] = t * g.speed[r] - s[r]; });
-  team.each(n_pairs(g), [x](int i) { x.dy[i] = x.dz[i] = 0.0; });
   team.sync();
   return t;
 }
 
 // Σ u_r a_r + Σ w_e min_{p of e} u_{r(p)}, for u scaled to Σ v_r u_r = 1: a true lower bound whatever u ≥ 0 is.
-template <class Team>
-LPLB_HD inline double lower_bound(Team& team, const Group& g, const Workspace& x) {
+template <class Team, class AnyGroup>
+LPLB_HD inline double lower_bound(Team& team, const AnyGroup& g, const Workspace& x) {
   const double* u = x.z + g.n_replicas;
-  team.each(g.n_experts, [&](int e) {
+  const auto ranks =
+      team.sums(g.n_ranks, [&](int r) { return u[r] * x.a[r]; }, [&](int r) { return g.speed[r] * u[r]; });
+  const auto experts = team.sums(g.n_experts, [&](int e) {
     double least = u[g.replica_rank[g.expert_begin[e]]];
     for (int p = g.expert_begin[e] + 1; p < g.expert_begin[e + 1]; ++p) {
       const double up = u[g.replica_rank[p]];
       least = up < least ? up : least;
     }
-    x.q[e] = least;
+    return x.w[e] * least;
   });
-  team.sync();
-  const double bound = team.sum(g.n_ranks, [&](int r) { return u[r] * x.a[r]; }) +
-                       team.sum(g.n_experts, [&](int e) { return x.w[e] * x.q[e]; });
-  const double sum_u = team.sum(g.n_ranks, [&](int r) { return g.speed[r] * u[r]; });
-  team.sync();
-  return bound / sum_u;
+  return (ranks[0] + experts[0]) / ranks[1];
 }
 
-// h_p = y_p/z_p, 1/σ_e, q_e = w_e/σ_e.
-template <class Team>
-LPLB_HD inline void scale(Team& team, const Group& g, const Workspace& x) {
-  team.each(n_pairs(g), [x](int i) { x.h[i] = x.on[i] * x.y[i] / x.z[i]; });
+// h_p = y_p/z_p, 1/σ_e, q_e = w_e/σ_e; and M is emptied.
+template <class Team, class AnyGroup>
+LPLB_HD inline void scale(Team& team, const AnyGroup& g, const Workspace& x) {
+  team.each(n_pairs(g), [x](int i) {
+    x.inv_z[i] = 1.0 / x.z[i];
+    x.h[i] = x.y[i] * x.inv_z[i];
+  });
+  team.each(g.n_padded * g.n_padded, [x](int i) { x.m[i] = 0.0; });
   team.sync();
   team.each(g.n_experts, [&](int e) {
-    const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
     double sigma = 0.0;
-    for (int p = begin; p < end; ++p) sigma += x.h[p];
+    for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) sigma += x.h[p];
     x.inv_sigma[e] = sigma > 0.0 ? 1.0 / sigma : 0.0;
     x.q[e] = x.w[e] * x.inv_sigma[e];
   });
@@ -102,11 +103,9 @@ LPLB_HD inline void scale(Team& team, const Group& g, const Workspace& x) {
 
 // The lower triangle of M and both right-hand sides. M = diag(s/u) + Σ_e (diag(h_e) - h_e h_eᵀ/σ_e) is assembled as
 // the Laplacian it is: a diagonal entry adds the off-diagonal ones of its row, so nothing cancels.
-template <class Team>
-LPLB_HD inline void assemble(Team& team, const Group& g, const Workspace& x) {
+template <class Team, class AnyGroup>
+LPLB_HD inline void assemble(Team& team, const AnyGroup& g, const Workspace& x) {
   const int n = g.n_padded;
-  team.each(n * n, [x](int i) { x.m[i] = 0.0; });
-  team.sync();
   team.each(n, [&](int r) {
     if (r >= g.n_ranks) {
       x.m[r * n + r] = 1.0;
@@ -135,19 +134,19 @@ LPLB_HD inline void assemble(Team& team, const Group& g, const Workspace& x) {
 }
 
 // du from the solved columns (M⁻¹v, M⁻¹b), such that Σ v_r du_r = 0. Returns the new t.
-template <class Team>
-LPLB_HD inline double rank_step(Team& team, const Group& g, const Workspace& x, double v_dot_x1) {
+template <class Team, class AnyGroup>
+LPLB_HD inline double rank_step(Team& team, const AnyGroup& g, const Workspace& x, double inv_v_x1) {
   const int n = g.n_padded;
   double* du = x.dz + g.n_replicas;
-  const double t = team.sum(g.n_ranks, [&](int r) { return g.speed[r] * x.rhs[n + r]; }) / v_dot_x1;
+  const double t = team.sums(g.n_ranks, [&](int r) { return g.speed[r] * x.rhs[n + r]; })[0] * inv_v_x1;
   team.each(g.n_ranks, [&](int r) { du[r] = x.rhs[n + r] - t * x.rhs[r]; });
   team.sync();
   return t;
 }
 
-// dz, dy and ds that belong to du. With kCorrect they carry the second-order terms.
-template <bool kCorrect, class Team>
-LPLB_HD inline void complete_step(Team& team, const Group& g, const Workspace& x) {
+// dz of the replicas that belongs to du. With kCorrect it carries the second-order terms.
+template <bool kCorrect, class Team, class AnyGroup>
+LPLB_HD inline void complete_step(Team& team, const AnyGroup& g, const Workspace& x) {
   const double* du = x.dz + g.n_replicas;
   team.each(g.n_experts, [&](int e) {
     const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
@@ -157,20 +156,26 @@ LPLB_HD inline void complete_step(Team& team, const Group& g, const Workspace& x
       if (kCorrect) target += x.extra[p];
     }
     const double dm = target * x.inv_sigma[e];
-    for (int p = begin; p < end; ++p) x.dz[p] = x.on[p] * (du[g.replica_rank[p]] + dm);
-  });
-  team.sync();
-  team.each(n_pairs(g), [x](int i) {
-    const double dy = -(x.on[i] * x.y[i]) - x.h[i] * x.dz[i];
-    x.dy[i] = kCorrect ? dy + x.extra[i] : dy;
+    const bool on = x.w[e] > 0.0;
+    for (int p = begin; p < end; ++p) x.dz[p] = on ? du[g.replica_rank[p]] + dm : 0.0;
   });
   team.sync();
 }
 
+// dy of pair i.
+template <bool kCorrect>
+LPLB_HD inline double dy(const Workspace& x, int i) {
+  const double step = -x.y[i] - x.h[i] * x.dz[i];
+  return kCorrect ? step + x.extra[i] : step;
+}
+
 // Second-order terms of the complementarity products, centred on sigma_mu, and the right-hand side that carries them.
-template <class Team>
-LPLB_HD inline void correct(Team& team, const Group& g, const Workspace& x, double sigma_mu) {
-  team.each(n_pairs(g), [x, sigma_mu](int i) { x.extra[i] = x.on[i] * (sigma_mu - x.dy[i] * x.dz[i]) / x.z[i]; });
+template <class Team, class AnyGroup>
+LPLB_HD inline void correct(Team& team, const AnyGroup& g, const Workspace& x, double sigma_mu) {
+  team.each(n_pairs(g), [x, sigma_mu](int i) {
+    const double extra = (sigma_mu - dy<false>(x, i) * x.dz[i]) * x.inv_z[i];
+    x.extra[i] = x.h[i] > 0.0 ? extra : 0.0;
+  });
   team.sync();
   team.each(g.n_experts, [&](int e) {
     double sum = 0.0;
@@ -197,26 +202,39 @@ struct Steps {
   double primal, dual;
 };
 
-// The longest steps, at most 1, that keep y, s and z, u non-negative after `share` of the way to the boundary.
-template <class Team>
-LPLB_HD inline Steps step_lengths(Team& team, const Group& g, const Workspace& x, double share) {
-  const double primal = team.max(n_pairs(g), [x](int i) { return -x.dy[i] / x.y[i]; });
-  const double dual = team.max(n_pairs(g), [x](int i) { return -x.dz[i] / x.z[i]; });
-  return {primal > share ? share / primal : 1.0, dual > share ? share / dual : 1.0};
+// Steps of at most 1 that go `share` of the way to where the first pair becomes negative.
+LPLB_HD inline Steps within(double share, Values<2> fastest) {
+  return {fastest[0] > share ? share / fastest[0] : 1.0, fastest[1] > share ? share / fastest[1] : 1.0};
+}
+
+// The longest steps that keep y, s and z, u non-negative. Without extra, -dy/y is 1 + dz/z. What stays at y = 0 gives
+// 1, which shortens no affine step, and NaN, which is passed over.
+template <class Team, class AnyGroup>
+LPLB_HD inline Steps affine_steps(Team& team, const AnyGroup& g, const Workspace& x) {
+  return within(1.0, team.maxima(
+                         n_pairs(g), [x](int i) { return 1.0 + x.dz[i] * x.inv_z[i]; },
+                         [x](int i) { return -x.dz[i] * x.inv_z[i]; }));
+}
+
+template <class Team, class AnyGroup>
+LPLB_HD inline Steps corrected_steps(Team& team, const AnyGroup& g, const Workspace& x) {
+  return within(kStepToBoundary, team.maxima(
+                                     n_pairs(g), [x](int i) { return -dy<true>(x, i) * (1.0 / x.y[i]); },
+                                     [x](int i) { return -x.dz[i] * x.inv_z[i]; }));
 }
 
 // Σ y_p z_p + Σ s_r u_r after the given steps.
-template <class Team>
-LPLB_HD inline double complementarity(Team& team, const Group& g, const Workspace& x, Steps a) {
-  return team.sum(n_pairs(g),
-                  [x, a](int i) { return x.on[i] * ((x.y[i] + a.primal * x.dy[i]) * (x.z[i] + a.dual * x.dz[i])); });
+template <bool kCorrect, class Team, class AnyGroup>
+LPLB_HD inline double complementarity(Team& team, const AnyGroup& g, const Workspace& x, Steps a) {
+  return team.sums(n_pairs(g),
+                   [x, a](int i) { return (x.y[i] + a.primal * dy<kCorrect>(x, i)) * (x.z[i] + a.dual * x.dz[i]); })[0];
 }
 
-template <class Team>
-LPLB_HD inline void advance(Team& team, const Group& g, const Workspace& x, Steps a) {
+template <class Team, class AnyGroup>
+LPLB_HD inline void advance(Team& team, const AnyGroup& g, const Workspace& x, Steps a) {
   team.sync();  // everybody has read the old point
   team.each(n_pairs(g), [x, a](int i) {
-    x.y[i] += a.primal * x.dy[i];
+    x.y[i] += a.primal * dy<true>(x, i);
     x.z[i] += a.dual * x.dz[i];
   });
   team.sync();
@@ -224,21 +242,25 @@ LPLB_HD inline void advance(Team& team, const Group& g, const Workspace& x, Step
 
 }  // namespace ipm
 
-// Leaves the fractional split, scaled, in y (masked by on). `log`, if not null, gets one row per iteration.
-template <class Team>
-LPLB_HD inline IpmOutcome interior_point(Team& team, const Group& g, const Workspace& x, IterationRow* log) {
+// Leaves the fractional split, scaled, in y. `log`, if not null, gets one row per iteration.
+template <class Team, class Algebra, class AnyGroup>
+LPLB_HD inline IpmOutcome interior_point(Team& team, Algebra algebra, const AnyGroup& g, const Workspace& x,
+                                         IterationRow* log) {
   double t = ipm::start(team, g, x);
-  const double n_on = team.sum(ipm::n_pairs(g), [&](int i) { return x.on[i]; });
-  double mu = ipm::complementarity(team, g, x, {0.0, 0.0}) / n_on;
+  const auto at_start = team.sums(
+      ipm::n_pairs(g), [x](int i) { return x.y[i] > 0.0 ? 1.0 : 0.0; }, [x](int i) { return x.y[i] * x.z[i]; });
+  const double inv_n_on = 1.0 / at_start[0];
+  double mu = at_start[1] * inv_n_on;
   IpmOutcome out{0.0, 0.0, 0, Status::iteration_limit};
 
   for (;; ++out.iterations) {
-    out.objective = team.max(g.n_ranks, [&](int r) { return t - x.y[g.n_replicas + r] / g.speed[r]; });
+    out.objective = team.maxima(g.n_ranks, [&](int r) { return t - x.y[g.n_replicas + r] * g.inv_speed[r]; })[0];
     const double bound = ipm::lower_bound(team, g, x);
     out.bound = bound > out.bound ? bound : out.bound;
-    const double gap = (out.objective - out.bound) / out.bound;
-    if (log != nullptr && team.rank() == 0) log[out.iterations] = {out.objective, out.bound, gap, mu, 0.0, 0.0};
-    if (gap <= kGapTolerance) {
+    const double distance = out.objective - out.bound;
+    if (log != nullptr && team.rank() == 0)
+      log[out.iterations] = {out.objective, out.bound, distance / out.bound, mu, 0.0, 0.0};
+    if (distance <= kGapTolerance * out.bound) {
       out.status = Status::solved;
       break;
     }
@@ -246,24 +268,23 @@ LPLB_HD inline IpmOutcome interior_point(Team& team, const Group& g, const Works
 
     ipm::scale(team, g, x);
     ipm::assemble(team, g, x);
-    if (!factor(team, g.n_padded, x.m, x.inv_d)) {
+    if (!algebra.template factor_and_solve<2>(team, g.n_padded, x.m, x.inv_d, x.rhs)) {
       out.status = Status::numerical;
       break;
     }
-    solve<2>(team, g.n_padded, x.m, x.inv_d, x.rhs);
-    const double v_dot_x1 = team.sum(g.n_ranks, [&](int r) { return g.speed[r] * x.rhs[r]; });
+    const double inv_v_x1 = 1.0 / team.sums(g.n_ranks, [&](int r) { return g.speed[r] * x.rhs[r]; })[0];
 
-    ipm::rank_step(team, g, x, v_dot_x1);
+    ipm::rank_step(team, g, x, inv_v_x1);
     ipm::complete_step<false>(team, g, x);
-    const double mu_affine = ipm::complementarity(team, g, x, ipm::step_lengths(team, g, x, 1.0)) / n_on;
+    const double mu_affine = ipm::complementarity<false>(team, g, x, ipm::affine_steps(team, g, x)) * inv_n_on;
     const double ratio = mu_affine / mu;
 
     ipm::correct(team, g, x, ratio * ratio * ratio * mu);
-    solve<1>(team, g.n_padded, x.m, x.inv_d, x.rhs + g.n_padded);
-    const double t_new = ipm::rank_step(team, g, x, v_dot_x1);
+    algebra.solve(team, g.n_padded, x.m, x.inv_d, x.rhs + g.n_padded);
+    const double t_new = ipm::rank_step(team, g, x, inv_v_x1);
     ipm::complete_step<true>(team, g, x);
-    const ipm::Steps a = ipm::step_lengths(team, g, x, kStepToBoundary);
-    const double mu_new = ipm::complementarity(team, g, x, a) / n_on;
+    const ipm::Steps a = ipm::corrected_steps(team, g, x);
+    const double mu_new = ipm::complementarity<true>(team, g, x, a) * inv_n_on;
     if (!(mu_new > 0.0 && mu_new < 1e300)) {  // not a number, or nothing left to improve: keep what is there
       out.status = Status::numerical;
       break;

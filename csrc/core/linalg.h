@@ -80,8 +80,9 @@ static LPLB_INLINE bool factor(int n, double* m, double* inv_d) {
   return true;
 }
 
+// b ← L⁻¹·b
 template <int kRhs>
-static LPLB_INLINE void solve(int n, const double* m, const double* inv_d, double* b) {
+static LPLB_INLINE void forward(int n, const double* m, double* b) {
   for (int k0 = 0; k0 < n; k0 += 4) {
     double x[kRhs][4];
     for (int r = 0; r < kRhs; ++r) {
@@ -101,6 +102,11 @@ static LPLB_INLINE void solve(int n, const double* m, const double* inv_d, doubl
         store(b + r * n + i, y);
       }
   }
+}
+
+// b ← U⁻¹·b
+template <int kRhs>
+static LPLB_INLINE void backward(int n, const double* m, const double* inv_d, double* b) {
   for (int k0 = n - 4; k0 >= 0; k0 -= 4) {
     double x[kRhs][4];
     for (int r = 0; r < kRhs; ++r) {
@@ -127,67 +133,261 @@ static LPLB_INLINE void solve(int n, const double* m, const double* inv_d, doubl
 }  // namespace solo
 #endif  // __CUDACC__
 
-// In place; false when a pivot is not positive (M is then overwritten in part). All members get the same answer.
-template <class Team>
-LPLB_HD inline bool factor(Team& team, int n, double* m, double* inv_d) {
-#ifndef __CUDACC__
-  if constexpr (Team::kSolo) {
-    if (n == 8) return solo::factor(8, m, inv_d);  // a size the compiler can unroll
-    return solo::factor(n, m, inv_d);
+// A team factors panels of eight columns. In every warp lanes 0 … 7 hold the rows of the block on the diagonal, so no
+// warp waits for another inside a panel, and the other 24 lanes hold rows below it.
+namespace panel {
+
+inline constexpr int kColumns = 8;
+inline constexpr int kBelow = kWarpSize - kColumns;
+
+// One row of a panel in the registers of a lane: x its eight columns, y the right-hand sides.
+template <int kRhs>
+struct Row {
+  double x[kColumns], raw[kColumns], y[kRhs];
+  int i;
+
+  LPLB_HD void load(int n, int j0, int row, const double* m, const double* b) {
+    i = row;
+    LPLB_UNROLL
+    for (int c = 0; c < kColumns; ++c) x[c] = row < n ? m[(j0 + c) * n + row] : 0.0;
+    LPLB_UNROLL
+    for (int r = 0; r < kRhs; ++r) y[r] = row < n ? b[r * n + row] : 0.0;
   }
-#endif
-  for (int k = 0; k < n; ++k) {
-    const double* col = m + k * n;
-    const double d = col[k];
-    if (!(d > 0.0)) return false;  // col[k] was final before the last sync: every member reads the same value
-    const double inv = 1.0 / d;
-    // Member i owns row i: it scales L[i,k], mirrors the unscaled value to U[k,i] and updates its row.
-    for (int i = team.rank(); i < n; i += team.size()) {
-      if (i == k) inv_d[k] = inv;
-      if (i > k) m[i * n + k] = col[i];
+
+  // L into the lower triangle, U into the upper; `columns` of them lie left of the diagonal.
+  LPLB_HD void store(int n, int j0, int columns, double* m, double* b) const {
+    LPLB_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      if (c <= columns) m[(j0 + c) * n + i] = x[c];
+      if (c < columns) m[i * n + j0 + c] = raw[c];
     }
-    team.sync();
-    for (int i = team.rank(); i < n; i += team.size()) {
-      if (i <= k) continue;
-      const double l = m[i * n + k] * inv;
-      for (int j = k + 1; j <= i; ++j) m[j * n + i] -= l * m[j * n + k];
-      m[k * n + i] = l;
+    LPLB_UNROLL
+    for (int r = 0; r < kRhs; ++r) b[r * n + i] = y[r];
+  }
+
+  // Eliminates the panel's columns. inv: 1/D of the lane's own column, for lanes 0 … 7. False on every lane of every
+  // warp when a pivot is not positive.
+  template <class Warp>
+  LPLB_HD bool eliminate(Warp& warp, double& inv) {
+    const int lane = warp.rank();
+    bool positive = true;
+    LPLB_UNROLL
+    for (int k = 0; k < kColumns; ++k) {
+      const double d = warp.get(x[k], k);
+      positive = positive && d > 0.0;
+      const double inv_k = 1.0 / d;
+      double u[kColumns], z[kRhs];
+      LPLB_UNROLL
+      for (int c = k + 1; c < kColumns; ++c) u[c] = warp.get(x[k], c);
+      LPLB_UNROLL
+      for (int r = 0; r < kRhs; ++r) z[r] = warp.get(y[r], k);
+      if (lane == k) inv = inv_k;
+      if (lane > k) {
+        raw[k] = x[k];
+        x[k] *= inv_k;
+        LPLB_UNROLL
+        for (int c = k + 1; c < kColumns; ++c) x[c] -= x[k] * u[c];
+        LPLB_UNROLL
+        for (int r = 0; r < kRhs; ++r) y[r] -= x[k] * z[r];
+      }
     }
+    return positive;
+  }
+};
+
+// Rows [i0, i0 + 32) of the columns [c0, c0 + 8): subtracts what the panel at j0 contributes.
+template <class Warp>
+LPLB_HD inline void update_block(Warp& warp, int n, int j0, int c0, int i0, double* m) {
+  const int i = i0 + warp.rank();
+  if (i >= n) return;
+  double l[kColumns];
+  LPLB_UNROLL
+  for (int k = 0; k < kColumns; ++k) l[k] = m[(j0 + k) * n + i];
+  LPLB_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    const double* u = m + (c0 + c) * n + j0;
+    double x = m[(c0 + c) * n + i];
+    LPLB_UNROLL
+    for (int k = 0; k < kColumns; ++k) x -= l[k] * u[k];
+    m[(c0 + c) * n + i] = x;
+  }
+}
+
+template <class Team>
+LPLB_HD inline void update_trailing(Team& team, int n, int j0, double* m) {
+  auto& warp = team.warp();
+  int block = 0;
+  for (int c0 = j0 + kColumns; c0 < n; c0 += kColumns)
+    for (int i0 = c0; i0 < n; i0 += kWarpSize, ++block)
+      if (block % team.n_warps() == team.warp_index()) update_block(warp, n, j0, c0, i0, m);
+}
+
+template <int kRhs, class Team>
+LPLB_HD inline bool factor_and_forward(Team& team, int n, double* m, double* inv_d, double* b) {
+  auto& warp = team.warp();
+  const int lane = warp.rank();
+  for (int j0 = 0; j0 < n; j0 += kColumns) {
+    Row<kRhs> row;
+    double inv = 0.0;
+    int start = j0 + kColumns + kBelow * team.warp_index();
+    do {
+      row.load(n, j0, lane < kColumns ? j0 + lane : start + lane - kColumns, m, b);
+      if (!row.eliminate(warp, inv)) return false;
+      if (lane >= kColumns && row.i < n) row.store(n, j0, kColumns, m, b);
+      start += kBelow * team.n_warps();
+    } while (start < n);
+    team.sync();  // every warp has read the block on the diagonal
+    if (team.warp_index() == 0 && lane < kColumns) {
+      row.store(n, j0, lane, m, b);
+      inv_d[j0 + lane] = inv;
+    }
+    update_trailing(team, n, j0, m);
     team.sync();
   }
   return true;
 }
 
-// Solves M·x = b in place for kRhs right-hand sides b[r·n … r·n + n).
-template <int kRhs, class Team>
-LPLB_HD inline void solve(Team& team, int n, const double* m, const double* inv_d, double* b) {
-#ifndef __CUDACC__
-  if constexpr (Team::kSolo) {
-    if (n == 8) return solo::solve<kRhs>(8, m, inv_d, b);
-    return solo::solve<kRhs>(n, m, inv_d, b);
+}  // namespace panel
+
+// The triangular solves of a warp: lane l holds the rows l, l + 32, … of the right-hand sides.
+namespace rows {
+
+inline constexpr int kPerLane = 128 / kWarpSize;
+
+template <int kRhs>
+struct Rows {
+  double v[kPerLane][kRhs];
+};
+
+template <int kRhs>
+LPLB_HD inline Rows<kRhs> load(int lane, int n, const double* b) {
+  Rows<kRhs> x;
+  LPLB_UNROLL
+  for (int t = 0; t < kPerLane; ++t) {
+    const int i = lane + kWarpSize * t;
+    LPLB_UNROLL
+    for (int r = 0; r < kRhs; ++r) x.v[t][r] = i < n ? b[r * n + i] : 0.0;
   }
-#endif
-  for (int k = 0; k < n - 1; ++k) {
-    const double* col = m + k * n;
-    for (int r = 0; r < kRhs; ++r) {
-      const double bk = b[r * n + k];
-      team.each(n - k - 1, [=](int i) { b[r * n + k + 1 + i] -= col[k + 1 + i] * bk; });
-    }
-    team.sync();
-  }
-  for (int k = n - 1; k >= 0; --k) {
-    const double* col = m + k * n;
-    for (int r = 0; r < kRhs; ++r) {
-      const double xk = b[r * n + k] * inv_d[k];
-      team.each(k, [=](int i) { b[r * n + i] -= col[i] * xk; });
-    }
-    team.sync();
-  }
-  team.each(n, [=](int k) {
-    for (int r = 0; r < kRhs; ++r) b[r * n + k] *= inv_d[k];
-  });
-  team.sync();
+  return x;
 }
+
+// b ← L⁻¹·b
+template <int kRhs, class Warp>
+LPLB_HD inline void forward(Warp& warp, int n, const double* m, double* b) {
+  const int lane = warp.rank();
+  Rows<kRhs> x = load<kRhs>(lane, n, b);
+  LPLB_UNROLL
+  for (int t = 0; t < kPerLane; ++t) {
+    const int end = n - kWarpSize * t < kWarpSize ? n - kWarpSize * t : kWarpSize;
+    for (int l = 0; l < end; ++l) {
+      const int k = kWarpSize * t + l;
+      double z[kRhs];
+      LPLB_UNROLL
+      for (int r = 0; r < kRhs; ++r) z[r] = warp.get(x.v[t][r], l);
+      LPLB_UNROLL
+      for (int s = t; s < kPerLane; ++s) {
+        const int i = lane + kWarpSize * s;
+        if (i > k && i < n) {
+          LPLB_UNROLL
+          for (int r = 0; r < kRhs; ++r) x.v[s][r] -= m[k * n + i] * z[r];
+        }
+      }
+    }
+  }
+  LPLB_UNROLL
+  for (int t = 0; t < kPerLane; ++t) {
+    const int i = lane + kWarpSize * t;
+    LPLB_UNROLL
+    for (int r = 0; r < kRhs; ++r)
+      if (i < n) b[r * n + i] = x.v[t][r];
+  }
+}
+
+// b ← U⁻¹·b
+template <int kRhs, class Warp>
+LPLB_HD inline void backward(Warp& warp, int n, const double* m, const double* inv_d, double* b) {
+  const int lane = warp.rank();
+  Rows<kRhs> x = load<kRhs>(lane, n, b);
+  LPLB_UNROLL
+  for (int t = kPerLane - 1; t >= 0; --t) {
+    const int end = n - kWarpSize * t < kWarpSize ? n - kWarpSize * t : kWarpSize;
+    for (int l = end - 1; l >= 0; --l) {
+      const int k = kWarpSize * t + l;
+      const double inv = inv_d[k];
+      double z[kRhs];
+      LPLB_UNROLL
+      for (int r = 0; r < kRhs; ++r) z[r] = warp.get(x.v[t][r], l) * inv;
+      LPLB_UNROLL
+      for (int s = 0; s <= t; ++s) {
+        const int i = lane + kWarpSize * s;
+        if (i < k) {
+          LPLB_UNROLL
+          for (int r = 0; r < kRhs; ++r) x.v[s][r] -= m[k * n + i] * z[r];
+        }
+      }
+    }
+  }
+  LPLB_UNROLL
+  for (int t = 0; t < kPerLane; ++t) {
+    const int i = lane + kWarpSize * t;
+    LPLB_UNROLL
+    for (int r = 0; r < kRhs; ++r)
+      if (i < n) b[r * n + i] = x.v[t][r] * inv_d[i];
+  }
+}
+
+}  // namespace rows
+
+// The project's own algebra. Another one may stand in for it, see csrc/cuda.
+struct BuiltinAlgebra {
+  // The width of the matrix for a group of n_ranks.
+  LPLB_HD static constexpr int width(int n_ranks) { return (n_ranks + 7) / 8 * 8; }
+
+  // M is factored in place, and M·x = b solved for the kRhs right-hand sides b[r·n … r·n + n). False when a pivot is
+  // not positive; M and b are then overwritten in part. All members get the same answer.
+  template <int kRhs, class Team>
+  LPLB_HD static bool factor_and_solve(Team& team, int n, double* m, double* inv_d, double* b) {
+#ifndef __CUDACC__
+    if constexpr (Team::kSolo) {
+      if (n == 8) {  // a size the compiler can unroll
+        if (!solo::factor(8, m, inv_d)) return false;
+        solo::forward<kRhs>(8, m, b);
+        solo::backward<kRhs>(8, m, inv_d, b);
+      } else {
+        if (!solo::factor(n, m, inv_d)) return false;
+        solo::forward<kRhs>(n, m, b);
+        solo::backward<kRhs>(n, m, inv_d, b);
+      }
+      return true;
+    }
+#endif
+    if (!panel::factor_and_forward<kRhs>(team, n, m, inv_d, b)) return false;
+    team.first_warp([=](auto& warp) { rows::backward<kRhs>(warp, n, m, inv_d, b); });
+    return true;
+  }
+
+  // Solves for one more right-hand side.
+  template <class Team>
+  LPLB_HD static void solve(Team& team, int n, const double* m, const double* inv_d, double* b) {
+#ifndef __CUDACC__
+    if constexpr (Team::kSolo) {
+      if (n == 8) {
+        solo::forward<1>(8, m, b);
+        solo::backward<1>(8, m, inv_d, b);
+      } else {
+        solo::forward<1>(n, m, b);
+        solo::backward<1>(n, m, inv_d, b);
+      }
+      return;
+    }
+#endif
+    team.first_warp([=](auto& warp) {
+      rows::forward<1>(warp, n, m, b);
+      warp.sync();
+      rows::backward<1>(warp, n, m, inv_d, b);
+    });
+  }
+};
 
 }  // namespace LPLB_ISA
 }  // namespace lplb

@@ -17,31 +17,35 @@
 
 namespace lplb {
 
-inline constexpr int kPad = 8;
-constexpr int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
-
 inline constexpr int kMaxGroup = 128;  // ranks per group: two 64-bit words in a RankSet
 inline constexpr int kMaxIterations = 20;
 inline constexpr double kGapTolerance = 1e-4;
 
-struct Group {
+// Words of a RankSet for a group of this size.
+LPLB_HD constexpr int set_words(int n_ranks) { return n_ranks <= 64 ? 1 : 2; }
+
+// Index counts replicas and experts, Rank counts ranks: as small as the backend has them.
+template <class Index, class Rank>
+struct BasicGroup {
   int n_ranks, n_padded, n_experts, n_replicas, n_singles;
   int first_rank;                      // of the group, in the placement
   bool unit_speed;                     // every v_r is 1
-  const int32_t* expert_begin;         // [n_experts + 1] first replica of an expert
+  const Index* expert_begin;           // [n_experts + 1] first replica of an expert
+  const Rank* replica_rank;            // [n_replicas]
+  const Index* replica_expert;         // [n_replicas]
+  const Index* rank_begin;             // [n_ranks + 1] into rank_replica
+  const Index* rank_replica;           // [n_replicas] the replicas of a rank, ascending
+  const double* speed;                 // [n_ranks] v_r
+  const double* inv_speed;             // [n_ranks] 1 / v_r
+  const uint64_t* expert_ranks;        // [n_experts, set_words] the ranks that hold an expert, as a set
+  const uint64_t* rank_replica_ranks;  // [n_replicas, set_words] the same for the experts of rank_replica
   const int32_t* expert_logical;       // [n_experts]
-  const int32_t* replica_rank;         // [n_replicas]
-  const int32_t* replica_expert;       // [n_replicas]
   const int32_t* replica_slot;         // [n_replicas] physical expert
-  const int32_t* rank_begin;           // [n_ranks + 1] into rank_replica
-  const int32_t* rank_replica;         // [n_replicas] the replicas of a rank, ascending
   const int32_t* single_begin;         // [n_ranks + 1] into single_*
   const int32_t* single_logical;       // [n_singles]
   const int32_t* single_slot;          // [n_singles] physical expert
-  const uint64_t* expert_ranks;        // [n_experts, 2] the ranks that hold an expert, as a set
-  const uint64_t* rank_replica_ranks;  // [n_replicas, 2] the same for the experts of rank_replica
-  const double* speed;                 // [n_ranks] v_r
 };
+using Group = BasicGroup<int32_t, int32_t>;
 
 enum class Status : int32_t { solved = 0, iteration_limit = 1, numerical = 2 };
 enum class Solver : int32_t { ipm = 0, flow = 1 };
@@ -62,48 +66,73 @@ struct Result {
 
 // Where one solve works; every pointer has the size its Group asks for. Nothing is kept between solves.
 struct Workspace {
-  double *a, *b, *rhs;                                            // per rank, padded; rhs has two columns
-  double *w, *inv_sigma, *q;                                      // per expert
-  double *on, *y, *z, *h, *dy, *dz, *extra;                       // per complementary pair: replicas, then ranks
-  double *m, *inv_d;                                              // the matrix in the ranks
-  int64_t *tokens, *single_tokens, *rank_tokens, *rank_capacity;  // per expert; the others per rank
-  int64_t* quota;                                                 // per replica
-  double *rank_load, *rank_limit;  // per rank: the flow solver's fractional loads and capacities
-  uint64_t* reach;                 // [n_ranks, 2] where a rank can send tokens at once
+  double *a, *b, *rhs, *inv_d;             // per rank, padded; rhs has two columns
+  double *w, *inv_sigma, *q;               // per expert
+  double *y, *z, *inv_z, *h, *dz, *extra;  // per complementary pair: replicas, then ranks
+  int64_t *tokens, *single_tokens;         // per expert, per rank
+  double* m;                               // the matrix in the ranks
+  // Flow and rounding come when the matrix is done with, and have its memory.
+  int64_t *quota, *rank_tokens, *rank_capacity;  // per replica; the others per rank
+  double *rank_load, *rank_limit;                // per rank: the flow solver's fractional loads and capacities
+  uint64_t *reach, *level;        // [n_ranks, set_words] where a rank can send tokens at once; [n_ranks + 1, …]
+  int32_t *path, *giver, *taker;  // [n_ranks + 1] a way along which tokens move
 };
 
-inline size_t carve(const Group& g, std::byte* base, Workspace* ws) {
+// Hands out the memory at `base`, or only measures it where base is null. Returns the bytes used.
+template <class AnyGroup>
+LPLB_HD inline size_t carve(const AnyGroup& g, std::byte* base, Workspace& ws) {
+  constexpr size_t kAlign = 64;
   size_t used = 0;
   auto take = [&](auto*& pointer, size_t count) {
     using T = std::remove_reference_t<decltype(*pointer)>;
-    if (base) pointer = reinterpret_cast<T*>(base + used);
-    used += (count * sizeof(T) + 63) / 64 * 64;
+    if (base != nullptr) pointer = reinterpret_cast<T*>(base + used);
+    used += (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
   };
-  Workspace sized{};
-  Workspace& w = ws ? *ws : sized;
-  const size_t n = g.n_padded, e = g.n_experts, p = g.n_replicas, r = g.n_ranks;
-  for (auto* x : {&w.a, &w.b}) take(*x, n);
-  take(w.rhs, 2 * n);
-  for (auto* x : {&w.w, &w.inv_sigma, &w.q}) take(*x, e);
-  for (auto* x : {&w.on, &w.y, &w.z, &w.h, &w.dy, &w.dz, &w.extra}) take(*x, p + r);
-  take(w.m, n * n);
-  take(w.inv_d, n);
-  take(w.tokens, e);
-  take(w.single_tokens, r);
-  take(w.rank_tokens, r);
-  take(w.rank_capacity, r);
-  take(w.quota, p);
-  take(w.rank_load, r);
-  take(w.rank_limit, r);
-  take(w.reach, 2 * r);
-  return used;
+  const size_t n = g.n_padded, e = g.n_experts, p = g.n_replicas, r = g.n_ranks, words = set_words(g.n_ranks);
+  take(ws.a, n);
+  take(ws.b, n);
+  take(ws.rhs, 2 * n);
+  take(ws.inv_d, n);
+  take(ws.w, e);
+  take(ws.inv_sigma, e);
+  take(ws.q, e);
+  take(ws.y, p + r);
+  take(ws.z, p + r);
+  take(ws.inv_z, p + r);
+  take(ws.h, p + r);
+  take(ws.dz, p + r);
+  take(ws.extra, p + r);
+  take(ws.tokens, e);
+  take(ws.single_tokens, r);
+  const size_t shared = used;
+  take(ws.m, n * n);
+  const size_t with_matrix = used;
+  used = shared;
+  take(ws.quota, p);
+  take(ws.rank_tokens, r);
+  take(ws.rank_capacity, r);
+  take(ws.rank_load, r);
+  take(ws.rank_limit, r);
+  take(ws.reach, words * r);
+  take(ws.level, words * (r + 1));
+  take(ws.path, r + 1);
+  take(ws.giver, r + 1);
+  take(ws.taker, r + 1);
+  return used > with_matrix ? used : with_matrix;
+}
+
+template <class AnyGroup>
+size_t solve_bytes(const AnyGroup& g) {
+  Workspace ws{};
+  return carve(g, nullptr, ws);
 }
 
 // A placement cut into groups, with the memory behind every Group. The caller has checked the placement.
 class GroupTables {
  public:
+  // width(group_size): how wide the matrix is that the algebra in use wants.
   GroupTables(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
-              const std::vector<double>& speed);
+              const std::vector<double>& speed, int (*width)(int));
   int size() const { return static_cast<int>(groups_.size()); }
   const Group& operator[](int i) const { return groups_[i]; }
 
@@ -112,14 +141,15 @@ class GroupTables {
     std::vector<int32_t> expert_begin, expert_logical, replica_rank, replica_expert, replica_slot, rank_begin,
         rank_replica, single_begin, single_logical, single_slot;
     std::vector<uint64_t> expert_ranks, rank_replica_ranks;
-    std::vector<double> speed;
+    std::vector<double> speed, inv_speed;
   };
   std::vector<Storage> storage_;
   std::vector<Group> groups_;
 };
 
 inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
-                                const std::vector<double>& speed) {
+                                const std::vector<double>& speed, int (*width)(int)) {
+  const int words = set_words(group_size);
   const int slots = static_cast<int>(phy2log.size()) / n_ranks;
   const int n_groups = n_ranks / group_size;
   storage_.resize(n_groups);
@@ -162,7 +192,7 @@ inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logic
       }
       t.expert_logical.push_back(e);
       t.expert_begin.push_back(static_cast<int32_t>(t.replica_slot.size()));
-      t.expert_ranks.insert(t.expert_ranks.end(), ranks, ranks + 2);
+      t.expert_ranks.insert(t.expert_ranks.end(), ranks, ranks + words);
     }
     t.rank_begin.push_back(0);
     t.single_begin.push_back(0);
@@ -173,15 +203,16 @@ inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logic
       t.single_begin.push_back(static_cast<int32_t>(t.single_logical.size()));
     }
     for (const int32_t p : t.rank_replica) {
-      const auto ranks = t.expert_ranks.begin() + 2 * t.replica_expert[p];
-      t.rank_replica_ranks.insert(t.rank_replica_ranks.end(), ranks, ranks + 2);
+      const auto ranks = t.expert_ranks.begin() + words * t.replica_expert[p];
+      t.rank_replica_ranks.insert(t.rank_replica_ranks.end(), ranks, ranks + words);
     }
     for (const int32_t e : t.single_logical) t.single_slot.push_back(slots_of[e][0]);
     t.speed.assign(speed.begin() + first_rank, speed.begin() + first_rank + group_size);
+    for (const double v : t.speed) t.inv_speed.push_back(1.0 / v);
 
     Group& v = groups_[g];
     v.n_ranks = group_size;
-    v.n_padded = padded(group_size);
+    v.n_padded = width(group_size);
     v.n_experts = static_cast<int>(t.expert_logical.size());
     v.n_replicas = static_cast<int>(t.replica_slot.size());
     v.n_singles = static_cast<int>(t.single_logical.size());
@@ -201,6 +232,7 @@ inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logic
     v.expert_ranks = t.expert_ranks.data();
     v.rank_replica_ranks = t.rank_replica_ranks.data();
     v.speed = t.speed.data();
+    v.inv_speed = t.inv_speed.data();
   }
 }
 

@@ -16,6 +16,7 @@ namespace rounding {
 
 inline constexpr double kBoundNoise = 1e-9;                // a bound may be this much too high in its last digits
 inline constexpr double kMostTokens = 9007199254740992.0;  // 2^53: more than there are, and 128 of them fit in 64 bits
+inline constexpr int kBatch = 8;                           // experts whose left-over tokens are placed at once
 
 // The most tokens k with k / speed ≤ level as the division rounds, so that a level k / speed has room for k.
 LPLB_HD inline int64_t capacity(double level, double speed) {
@@ -27,9 +28,9 @@ LPLB_HD inline int64_t capacity(double level, double speed) {
 }
 
 // The least level, not below `level`, at which the ranks in `set` can hold `tokens` whole tokens.
-template <int kWords>
-LPLB_HD inline double whole_level(const Group& g, RankSet<kWords> set, int64_t tokens, double level) {
-  const double speed = flow::speed_of(g, set);
+template <int kWords, class Warp, class AnyGroup>
+LPLB_HD inline double whole_level(Warp& warp, const AnyGroup& g, RankSet<kWords> set, int64_t tokens, double level) {
+  const double speed = flow::speed_of(warp, g, set);
   if (g.unit_speed) {  // in whole numbers: a division of large doubles could round a fraction away
     const int64_t n_ranks = static_cast<int64_t>(speed);
     const double least = static_cast<double>((tokens + n_ranks - 1) / n_ranks);
@@ -41,84 +42,102 @@ LPLB_HD inline double whole_level(const Group& g, RankSet<kWords> set, int64_t t
   for (;;) {
     int64_t room = 0;
     double next = 1e300;
-    for (int r = 0; r < g.n_ranks; ++r) {
+    for (int r = warp.rank(); r < g.n_ranks; r += warp.size()) {
       if (!set.has(r)) continue;
       const int64_t c = capacity(level, g.speed[r]);
       room += c;
       const double step = static_cast<double>(c + 1) / g.speed[r];
       next = step < next ? step : next;
     }
+    room = fold(warp, room, [](int64_t a, int64_t b) { return a + b; });
+    next = fold(warp, next, [](double a, double b) { return a < b ? a : b; });
     if (room >= tokens) return level;
     level = next;
   }
 }
 
-// Rounds down; what is left of an expert, fewer tokens than it has replicas, goes to its lightest rank.
-LPLB_HD inline void round_down(const Group& g, const Workspace& x, double mean) {
-  for (int r = 0; r < g.n_ranks; ++r) x.rank_tokens[r] = x.single_tokens[r];
-  for (int e = 0; e < g.n_experts; ++e) {
+// Rounds down. x.tokens keeps what is left of each expert, fewer tokens than it has replicas.
+template <class Team, class AnyGroup>
+LPLB_HD inline void round_down(Team& team, const AnyGroup& g, const Workspace& x, double mean) {
+  team.each(g.n_experts, [&](int e) {
     int64_t left = x.tokens[e];
     for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) {
       int64_t q = static_cast<int64_t>(x.y[p] * mean);
       if (q > left) q = left;
       x.quota[p] = q;
-      x.rank_tokens[g.replica_rank[p]] += q;
       left -= q;
     }
     x.tokens[e] = left;
-  }
-  for (int e = 0; e < g.n_experts; ++e) {
-    const int64_t left = x.tokens[e];
-    if (left == 0) continue;
-    int lightest = g.expert_begin[e];
-    for (int p = lightest + 1; p < g.expert_begin[e + 1]; ++p) {
-      const int a = g.replica_rank[p], b = g.replica_rank[lightest];
-      const bool lighter = g.unit_speed ? x.rank_tokens[a] < x.rank_tokens[b]
-                                        : static_cast<double>(x.rank_tokens[a]) * g.speed[b] <
-                                              static_cast<double>(x.rank_tokens[b]) * g.speed[a];
-      if (lighter) lightest = p;
+  });
+  team.sync();
+  team.each(g.n_ranks, [&](int r) {
+    int64_t tokens = x.single_tokens[r];
+    for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) tokens += x.quota[g.rank_replica[i]];
+    x.rank_tokens[r] = tokens;
+  });
+  team.sync();
+}
+
+// What is left of an expert goes to its lightest rank, the first of equals, as the ranks were before its batch.
+template <class Warp, class AnyGroup>
+LPLB_HD inline void place_left(Warp& warp, const AnyGroup& g, const Workspace& x) {
+  for (int first = 0; first < g.n_experts; first += kBatch) {
+    const int end = first + kBatch < g.n_experts ? first + kBatch : g.n_experts;
+    int32_t chosen[Warp::kSolo ? kBatch : 1] = {};  // a warp has one expert per member
+    for (int k = warp.rank(), mine = 0; first + k < end; k += warp.size(), ++mine) {
+      const int e = first + k;
+      int lightest = g.expert_begin[e];
+      if (x.tokens[e] > 0)
+        for (int p = lightest + 1; p < g.expert_begin[e + 1]; ++p) {
+          const int a = g.replica_rank[p], b = g.replica_rank[lightest];
+          const bool lighter = g.unit_speed ? x.rank_tokens[a] < x.rank_tokens[b]
+                                            : static_cast<double>(x.rank_tokens[a]) * g.inv_speed[a] <
+                                                  static_cast<double>(x.rank_tokens[b]) * g.inv_speed[b];
+          if (lighter) lightest = p;
+        }
+      chosen[Warp::kSolo ? mine : 0] = lightest;
     }
-    x.quota[lightest] += left;
-    x.rank_tokens[g.replica_rank[lightest]] += left;
+    warp.sync();
+    for (int k = 0; first + k < end; ++k) {
+      const int p = warp.get(chosen[Warp::kSolo ? k : 0], k);
+      if (warp.rank() == 0) {
+        const int64_t left = x.tokens[first + k];
+        x.quota[p] += left;
+        x.rank_tokens[g.replica_rank[p]] += left;
+      }
+    }
+    warp.sync();
   }
 }
 
 }  // namespace rounding
 
-// From y (scaled by mean) to quota and rank_tokens. `bound` is a lower bound in tokens, from which the level starts:
-// while a set of ranks cannot get below the level, the level rises to what that set needs. Runs on one member.
-template <int kWords>
-LPLB_HD inline WholeOutcome whole_tokens(const Group& g, const Workspace& x, double mean, double bound) {
-  rounding::round_down(g, x, mean);
+// From quota, as round_down left it, to whole tokens at the best level. `bound` is a lower bound in tokens, from which
+// the level starts: while a set of ranks cannot get below the level, the level rises to what that set needs.
+template <int kWords, class Warp, class AnyGroup>
+LPLB_HD inline WholeOutcome whole_tokens(Warp& warp, const AnyGroup& g, const Workspace& x, double bound) {
+  rounding::place_left(warp, g, x);
 
-  RankSet<kWords> set = RankSet<kWords>::none();
-  int64_t total = 0;
-  for (int r = 0; r < g.n_ranks; ++r) {
-    set.add(r);
-    total += x.rank_tokens[r];
-  }
-  Flow<int64_t, kWords> f{g, x.quota, x.rank_tokens, x.rank_capacity, x.reach, 0, {}, {}};
-  double level = rounding::whole_level(g, set, total, bound * (1.0 - rounding::kBoundNoise));
+  const int64_t total = whole_sum(warp, g.n_ranks, [&](int r) { return x.rank_tokens[r]; });
+  Flow<int64_t, kWords, Warp, AnyGroup> f{
+      warp, g, x.quota, x.rank_tokens, x.rank_capacity, x.reach, x.level, x.path, x.giver, x.taker, 0, {}, {}};
+  RankSet<kWords> set = RankSet<kWords>::first(g.n_ranks);
+  double level = rounding::whole_level(warp, g, set, total, bound * (1.0 - rounding::kBoundNoise));
   WholeOutcome out{0, 0.0, 0.0};
   for (bool ready = false;;) {
-    for (int r = 0; r < g.n_ranks; ++r) f.limit[r] = rounding::capacity(level, g.speed[r]);
+    warp.each(g.n_ranks, [&](int r) { f.limit[r] = rounding::capacity(level, g.speed[r]); });
+    warp.sync();
     f.classify();
     if (f.over.empty()) break;
-    if (!ready)
-      for (int r = 0; r < g.n_ranks; ++r) f.refresh_reach(r);
+    if (!ready) f.find_reach();
     ready = true;
     if (f.relieve(set)) break;
-    int64_t stuck = 0;
-    for (int r = 0; r < g.n_ranks; ++r)
-      if (set.has(r)) stuck += f.load[r];
-    const double ratio = static_cast<double>(stuck) / flow::speed_of(g, set);
+    const int64_t stuck = whole_sum(warp, g.n_ranks, [&](int r) { return set.has(r) ? f.load[r] : 0; });
+    const double ratio = static_cast<double>(stuck) / flow::speed_of(warp, g, set);
     out.bound = ratio > out.bound ? ratio : out.bound;
-    level = rounding::whole_level(g, set, stuck, level);
+    level = rounding::whole_level(warp, g, set, stuck, level);
   }
-  for (int r = 0; r < g.n_ranks; ++r) {
-    const double l = static_cast<double>(f.load[r]) / g.speed[r];
-    out.level = l > out.level ? l : out.level;
-  }
+  out.level = warp.maxima(g.n_ranks, [&](int r) { return static_cast<double>(f.load[r]) / g.speed[r]; })[0];
   out.max_load = static_cast<int64_t>(std::ceil(out.level));
   return out;
 }

@@ -17,8 +17,8 @@ struct GroupPlan {
 namespace detail {
 
 // Tokens per rank and expert, and both scaled by the mean, which is returned (tokens per unit of speed).
-template <class Team>
-LPLB_HD inline double gather(Team& team, const Group& g, const Workspace& x, const int64_t* loads) {
+template <class Team, class AnyGroup>
+LPLB_HD inline double gather(Team& team, const AnyGroup& g, const Workspace& x, const int64_t* loads) {
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = 0;
     for (int i = g.single_begin[r]; i < g.single_begin[r + 1]; ++i) tokens += loads[g.single_logical[i]];
@@ -27,9 +27,10 @@ LPLB_HD inline double gather(Team& team, const Group& g, const Workspace& x, con
   team.each(g.n_experts, [&](int e) { x.tokens[e] = loads[g.expert_logical[e]]; });
   team.sync();
   // whole numbers below 2^53: exact in any order
-  const double total = team.sum(g.n_ranks, [&](int r) { return static_cast<double>(x.single_tokens[r]); }) +
-                       team.sum(g.n_experts, [&](int e) { return static_cast<double>(x.tokens[e]); });
-  const double mean = total / team.sum(g.n_ranks, [&](int r) { return g.speed[r]; });
+  const auto ranks = team.sums(
+      g.n_ranks, [&](int r) { return static_cast<double>(x.single_tokens[r]); }, [&](int r) { return g.speed[r]; });
+  const auto experts = team.sums(g.n_experts, [&](int e) { return static_cast<double>(x.tokens[e]); });
+  const double mean = (ranks[0] + experts[0]) / ranks[1];
   const double inv = mean > 0.0 ? 1.0 / mean : 0.0;
   team.each(g.n_ranks, [&](int r) { x.a[r] = static_cast<double>(x.single_tokens[r]) * inv; });
   team.each(g.n_experts, [&](int e) { x.w[e] = static_cast<double>(x.tokens[e]) * inv; });
@@ -37,61 +38,66 @@ LPLB_HD inline double gather(Team& team, const Group& g, const Workspace& x, con
   return mean;
 }
 
-template <int kWords>
-LPLB_HD inline Result finish(const Group& g, const Workspace& x, double mean, double objective, double bound,
-                             int iterations, Status status) {
-  const WholeOutcome whole = whole_tokens<kWords>(g, x, mean, bound * mean);
-  bound *= mean;
+// What is known before rounding, in scaled loads.
+struct Fractional {
+  double objective, bound;
+  int iterations;
+  Status status;
+};
+
+template <int kWords, class Warp, class AnyGroup>
+LPLB_HD inline Result finish(Warp& warp, const AnyGroup& g, const Workspace& x, double mean, Fractional f) {
+  const WholeOutcome whole = whole_tokens<kWords>(warp, g, x, f.bound * mean);
+  double bound = f.bound * mean;
   if (whole.bound > bound) bound = whole.bound;
   if (whole.level < bound) bound = whole.level;  // reached, so no bound; above it by rounding alone
-  double gap = bound > 0.0 ? (objective * mean - bound) / bound : 0.0;
+  double gap = bound > 0.0 ? (f.objective * mean - bound) / bound : 0.0;
   if (!(gap > 0.0)) gap = 0.0;
   const bool whole_optimum = static_cast<double>(whole.max_load) <= std::ceil(bound * (1.0 - rounding::kBoundNoise));
   if (gap <= kGapTolerance || whole_optimum)
-    status = Status::solved;
-  else if (status == Status::solved)  // a solver's word is not enough
-    status = Status::numerical;
-  return {whole.max_load, bound, gap, iterations, status};
+    f.status = Status::solved;
+  else if (f.status == Status::solved)  // a solver's word is not enough
+    f.status = Status::numerical;
+  return {whole.max_load, bound, gap, f.iterations, f.status};
 }
 
-template <int kWords, class Team>
-LPLB_HD inline void solve_group(Team& team, const Group& g, const Workspace& x, const int64_t* loads, Solver solver,
-                                const GroupPlan& plan, IterationRow* log) {
-  const double mean = gather(team, g, x, loads);
-  const bool movable = team.max(g.n_experts, [&](int e) { return x.w[e]; }) > 0.0;
+}  // namespace detail
+
+// kWords: of the group's rank sets, see set_words(). matrix_is_free() is called by all members, between barriers, when
+// the matrix's memory is no longer needed and before the rank sets of `g` are.
+template <int kWords, class Team, class Algebra, class AnyGroup, class F>
+LPLB_HD inline void solve_group(Team& team, Algebra algebra, const AnyGroup& g, const Workspace& x,
+                                const int64_t* loads, Solver solver, const GroupPlan& plan, IterationRow* log,
+                                F matrix_is_free) {
+  const double mean = detail::gather(team, g, x, loads);
+  const bool movable = team.maxima(g.n_experts, [&](int e) { return x.w[e]; })[0] > 0.0;
   // Nothing to share out: the busiest rank is a bound by itself.
-  IpmOutcome out{0.0, 0.0, 0, Status::solved};
+  detail::Fractional found{0.0, 0.0, 0, Status::solved};
   if (!movable) {
-    out.objective = out.bound = team.max(g.n_ranks, [&](int r) { return x.a[r] / g.speed[r]; });
+    found.objective = found.bound = team.maxima(g.n_ranks, [&](int r) { return x.a[r] / g.speed[r]; })[0];
     team.each(g.n_replicas, [&](int p) { x.y[p] = 0.0; });
   } else if (solver == Solver::ipm) {
-    out = interior_point(team, g, x, log);
+    const IpmOutcome out = interior_point(team, algebra, g, x, log);
+    found = {out.objective, out.bound, out.iterations, out.status};
   }
   team.sync();
-  if (team.rank() == 0) {
-    if (movable && solver == Solver::flow) {
-      const FlowOutcome f = bottleneck_flow<kWords>(g, x, mean);
-      out = {f.objective, f.bound, f.cuts, Status::solved};
-    }
-    *plan.result = finish<kWords>(g, x, mean, out.objective, out.bound, out.iterations, out.status);
-  }
+  matrix_is_free();
   team.sync();
+  if (movable && solver == Solver::flow)
+    team.first_warp([&](auto& warp) {
+      const FlowOutcome out = bottleneck_flow<kWords>(warp, g, x, mean);
+      found = {out.objective, out.bound, out.cuts, Status::solved};
+    });
+  rounding::round_down(team, g, x, mean);
+  team.first_warp([&](auto& warp) {
+    const Result result = detail::finish<kWords>(warp, g, x, mean, found);
+    if (warp.rank() == 0) *plan.result = result;
+  });
   team.each(g.n_replicas, [&](int p) { plan.quota[g.replica_slot[p]] = static_cast<int32_t>(x.quota[p]); });
   team.each(g.n_singles,
             [&](int i) { plan.quota[g.single_slot[i]] = static_cast<int32_t>(loads[g.single_logical[i]]); });
   team.each(g.n_ranks, [&](int r) { plan.rank_load[g.first_rank + r] = x.rank_tokens[r]; });
   team.sync();
-}
-
-}  // namespace detail
-
-template <class Team>
-LPLB_HD inline void solve_group(Team& team, const Group& g, const Workspace& x, const int64_t* loads, Solver solver,
-                                const GroupPlan& plan, IterationRow* log = nullptr) {
-  if (g.n_ranks <= 64)
-    detail::solve_group<1>(team, g, x, loads, solver, plan, log);
-  else
-    detail::solve_group<2>(team, g, x, loads, solver, plan, log);
 }
 
 }  // namespace LPLB_ISA

@@ -1,12 +1,22 @@
-// A team is who runs an algorithm of csrc/core: one thread, the threads of a CUDA block, or, in tests, host threads
-// behind a barrier. It offers
+// A team is who runs an algorithm of csrc/core: one thread, a warp, the threads of a CUDA block, or, in tests, host
+// threads behind barriers. It offers
 //
-//     rank(), size()       who of how many
-//     sync()               barrier, and memory written before it is seen after it
-//     each(n, f)           f(i) for i in [0, n), shared out over the team; no f(i) may depend on another
-//     sum(n, f), max(n, f) the same value on every member; every f(i) must be readable by every member
+//     rank(), size()          of how many
+//     sync()                  barrier, and memory written before it is seen after it
+//     each(n, f)              f(i) for i in [0, n), shared out over the team; no f(i) may depend on another
+//     sums(n, f, …)           Σ f(i) for every function given, the same values on every member; every f(i) must be
+//     maxima(n, f, …)         readable by every member; likewise max(0, f(0), …)
+//     warp()                  the member's warp; n_warps(), warp_index()
+//     first_warp(f)           f(warp) on the first warp alone, then sync()
 //
-// Sums run over a fixed tree by index, whatever the team's size, so a plan has the same bits everywhere.
+// and a warp, which is a team as well, also
+//
+//     get(value, member)      the value that another member passed
+//     ballot(bit)             the members' bits
+//     largest(x), unite(x)    maximum and union of the members' words
+//
+// All members of a warp make the same calls. One thread is a warp of one member. Sums run over a fixed tree by index,
+// whatever the team's size, so a plan has the same bits everywhere.
 #pragma once
 
 #include <cmath>
@@ -24,17 +34,38 @@
 #define LPLB_HD
 #endif
 
-namespace lplb {
-inline namespace LPLB_ISA {
-
 // Independent iterations: lets the compiler use vector registers without proving that arrays do not overlap.
-#if defined(__clang__)
+#if defined(__CUDACC__)
+#define LPLB_INDEPENDENT
+#elif defined(__clang__)
 #define LPLB_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
 #define LPLB_INDEPENDENT _Pragma("GCC ivdep")
 #else
 #define LPLB_INDEPENDENT
 #endif
+
+// On a GPU arrays stay in registers only where loops over them are unrolled.
+#ifdef __CUDACC__
+#define LPLB_UNROLL _Pragma("unroll")
+#else
+#define LPLB_UNROLL
+#endif
+
+namespace lplb {
+inline namespace LPLB_ISA {
+
+// What sums and maxima return.
+template <int kCount>
+struct Values {
+  double v[kCount];
+  LPLB_HD double operator[](int i) const { return v[i]; }
+};
+
+// The fixed tree of sums has 128 lanes: lane l adds f(l), f(l + 128), f(l + 256), … in this order; then the lanes fold
+// in halves, 64, 32, 16, 8, 4, 2, 1. Lanes beyond n hold zeros, which add nothing.
+inline constexpr int kSumLanes = 128;
+inline constexpr int kWarpSize = 32;
 
 #ifndef __CUDACC__  // teams of host threads are compiled by the host's compiler alone
 
@@ -45,6 +76,13 @@ inline constexpr int kVec = 4;
 struct Lanes8 {
   Vec lo, hi;
   void operator+=(const Lanes8& o) { lo += o.lo, hi += o.hi; }
+};
+
+struct Lanes32 {
+  Lanes8 part[4];
+  void operator+=(const Lanes32& o) {
+    for (int i = 0; i < 4; ++i) part[i] += o.part[i];
+  }
 };
 
 namespace lanes {
@@ -62,34 +100,51 @@ static inline __attribute__((noinline)) Lanes8 part(int i, int n, F& f) {
   return {Vec{x[0], x[1], x[2], x[3]}, Vec{x[4], x[5], x[6], x[7]}};
 }
 
-}  // namespace lanes
-
-// The fixed tree of sums: lane l of 32 adds f(l), f(l + 32), f(l + 64), … in this order; then the lanes fold in halves.
-template <class F>
-inline double fixed_sum(int n, F f) {
+static inline Lanes8 zeros() {
   const Vec zero = {0.0, 0.0, 0.0, 0.0};
-  Lanes8 a{zero, zero}, b{zero, zero}, c{zero, zero}, d{zero, zero};
-  int i = 0;
-  for (; i + 32 <= n; i += 32) {
-    a += lanes::block(i, f);
-    b += lanes::block(i + 8, f);
-    c += lanes::block(i + 16, f);
-    d += lanes::block(i + 24, f);
+  return {zero, zero};
+}
+
+// Lanes [i, i + 32) take one more term each.
+template <class F>
+static inline __attribute__((always_inline)) void add(Lanes32& lanes, int i, int n, F& f) {
+  if (i + 32 <= n) {
+    for (int l = 0; l < 4; ++l) lanes.part[l] += block(i + 8 * l, f);
+    return;
   }
-  for (Lanes8* lane = &a; i < n; i += 8, lane = lane == &a ? &b : lane == &b ? &c : &d)
-    *lane += i + 8 <= n ? lanes::block(i, f) : lanes::part(i, n, f);
-  a += c;
-  b += d;
+  for (int l = 0; i < n; i += 8, ++l) lanes.part[l] += i + 8 <= n ? block(i, f) : part(i, n, f);
+}
+
+static inline __attribute__((always_inline)) double fold(Lanes32& lanes) {
+  Lanes8 *p = lanes.part, a = p[0], b = p[1];
+  a += p[2];
+  b += p[3];
   a += b;
   const Vec half = a.lo + a.hi;
   return (half[0] + half[2]) + (half[1] + half[3]);
 }
 
+}  // namespace lanes
+
+template <class F>
+inline double fixed_sum(int n, F f) {
+  const Lanes8 z = lanes::zeros();
+  Lanes32 lanes = {{z, z, z, z}};
+  lanes::add(lanes, 0, n, f);
+  if (n > 32) {
+    Lanes32 more[3] = {{{z, z, z, z}}, {{z, z, z, z}}, {{z, z, z, z}}};
+    for (int i = 32; i < n; i += 32) lanes::add(i % kSumLanes == 0 ? lanes : more[i / 32 % 4 - 1], i, n, f);
+    lanes += more[1];
+    more[0] += more[2];
+    lanes += more[0];
+  }
+  return lanes::fold(lanes);
+}
+
 // max(0, f(0), …, f(n-1)); the order cannot matter. A NaN is passed over: callers check what they divide.
 template <class F>
 inline double fixed_max(int n, F f) {
-  const Vec zero = {0.0, 0.0, 0.0, 0.0};
-  Lanes8 most{zero, zero};
+  Lanes8 most = lanes::zeros();
   for (int i = 0; i < n; i += 8) {
     const Lanes8 x = i + 8 <= n ? lanes::block(i, f) : lanes::part(i, n, f);
     most.lo = x.lo > most.lo ? x.lo : most.lo;
@@ -106,20 +161,34 @@ struct Solo {
   static constexpr bool kSolo = true;
   static constexpr int rank() { return 0; }
   static constexpr int size() { return 1; }
+  static constexpr int n_warps() { return 1; }
+  static constexpr int warp_index() { return 0; }
   static void sync() {}
   template <class F>
   static void each(int n, F f) {
     LPLB_INDEPENDENT
     for (int i = 0; i < n; ++i) f(i);
   }
-  template <class F>
-  static double sum(int n, F f) {
-    return fixed_sum(n, f);
+  template <class... F>
+  static Values<sizeof...(F)> sums(int n, F... f) {
+    return {{fixed_sum(n, f)...}};
   }
-  template <class F>
-  static double max(int n, F f) {
-    return fixed_max(n, f);
+  template <class... F>
+  static Values<sizeof...(F)> maxima(int n, F... f) {
+    return {{fixed_max(n, f)...}};
   }
+  Solo& warp() { return *this; }
+  template <class F>
+  void first_warp(F f) {
+    f(*this);
+  }
+  template <class T>
+  static T get(T value, int) {
+    return value;
+  }
+  static uint32_t ballot(bool bit) { return bit; }
+  static uint32_t largest(uint32_t x) { return x; }
+  static uint64_t unite(uint64_t x) { return x; }
 };
 
 #endif  // __CUDACC__

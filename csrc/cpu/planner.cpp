@@ -1,5 +1,7 @@
 #include "planner.h"
 
+#include "../core/linalg.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -28,26 +30,26 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
       n_physical_(static_cast<int>(phy2log.size())),
       n_ranks_(n_ranks),
       max_threads_(max_threads),
-      groups_(phy2log, n_logical, n_ranks, group_size, speed),
+      groups_(phy2log, n_logical, n_ranks, group_size, speed, BuiltinAlgebra::width),
       isa_(best_instruction_set()) {
   for (const int32_t e : phy2log) ++log2phy_begin_[e + 1];
   for (int e = 0; e < n_logical; ++e) log2phy_begin_[e + 1] += log2phy_begin_[e];
   std::vector<int32_t> next(log2phy_begin_.begin(), log2phy_begin_.end() - 1);
   for (int p = 0; p < n_physical_; ++p) log2phy_[next[phy2log[p]]++] = p;
 
-  size_t solve_bytes = 0;
-  for (int g = 0; g < groups_.size(); ++g) solve_bytes = std::max(solve_bytes, carve(groups_[g], nullptr, nullptr));
+  size_t group_bytes = 0;
+  for (int g = 0; g < groups_.size(); ++g) group_bytes = std::max(group_bytes, solve_bytes(groups_[g]));
   const size_t share_bytes = aligned((n_physical_ + 1) * sizeof(Share));
   const size_t counter_bytes = aligned((n_logical_ + 1) * sizeof(int32_t));
-  const size_t per_thread = solve_bytes + share_bytes + counter_bytes;
+  const size_t per_thread = group_bytes + share_bytes + counter_bytes;
   memory_size_ = per_thread * max_threads + 64;
   memory_.reset(new std::byte[memory_size_]);  // not touched: threads that never run cost no memory
   std::byte* base = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
   workspaces_.resize(static_cast<size_t>(max_threads) * groups_.size());
   for (int t = 0; t < max_threads; ++t, base += per_thread) {
-    for (int g = 0; g < groups_.size(); ++g) carve(groups_[g], base, &workspaces_[t * groups_.size() + g]);
-    shares_.push_back(reinterpret_cast<Share*>(base + solve_bytes));
-    counters_.push_back(reinterpret_cast<int32_t*>(base + solve_bytes + share_bytes));
+    for (int g = 0; g < groups_.size(); ++g) carve(groups_[g], base, workspaces_[t * groups_.size() + g]);
+    shares_.push_back(reinterpret_cast<Share*>(base + group_bytes));
+    counters_.push_back(reinterpret_cast<int32_t*>(base + group_bytes + share_bytes));
   }
 }
 
