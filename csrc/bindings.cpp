@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "cpu/planner.h"
+#ifdef LPLB_HAVE_CUDA
+#include "cuda/planner.h"
+#endif
 
 namespace py = pybind11;
 using lplb::cpu::Chunks;
@@ -59,6 +62,129 @@ void add(Address counter, int bytes, int64_t value) {
     *at<int32_t>(counter) += static_cast<int32_t>(value);
 }
 
+// "a;b" as ("a", "b")
+py::tuple words(const std::string& text) { return py::tuple(py::str(text).attr("split")(";")); }
+
+#ifdef LPLB_HAVE_CUDA
+using CudaPlanner = lplb::cuda::Planner;
+
+cudaStream_t stream_at(Address a) { return at<CUstream_st>(a); }
+
+lplb::cuda::PlanAddresses plan_at(const std::array<Address, 7>& out) {
+  return {at<int32_t>(out[0]), at<int64_t>(out[1]), at<int64_t>(out[2]), at<double>(out[3]),
+          at<double>(out[4]),  at<int32_t>(out[5]), at<int32_t>(out[6])};
+}
+
+// A launch may wait for room in the stream's queue: other Python threads go on meanwhile.
+void cuda_count(const CudaPlanner& p, Address indices, int index_bytes, int64_t n, int blocks, int64_t length,
+                Address prefix, Address row, Address stream) {
+  py::gil_scoped_release release;
+  p.count(at<void>(indices), index_bytes, {n, length}, blocks, at<int32_t>(prefix), at<int32_t>(row),
+          stream_at(stream));
+}
+
+void cuda_solve(const CudaPlanner& p, Address loads, int64_t batch, int solver, std::array<Address, 7> out, Address log,
+                Address stream) {
+  py::gil_scoped_release release;
+  p.solve(at<int64_t>(loads), batch, {}, static_cast<lplb::Solver>(solver), plan_at(out), at<lplb::IterationRow>(log),
+          stream_at(stream));
+}
+
+void cuda_solve_table(const CudaPlanner& p, Address table, int64_t stride, int ranks, int source,
+                      const std::vector<int32_t>& expected, Address loads, int solver, std::array<Address, 7> out,
+                      Address counter, int counter_bytes, Address log, Address stream) {
+  lplb::cuda::ExchangedTable t{};
+  t.counts = at<int32_t>(table);
+  t.stride = stride;
+  t.ranks = ranks;
+  t.source = source;
+  t.n_words = static_cast<int>(expected.size());
+  if (t.n_words > lplb::cuda::kWords)
+    throw std::invalid_argument("words are " + std::to_string(t.n_words) + ", allowed are " +
+                                std::to_string(lplb::cuda::kWords));
+  std::copy(expected.begin(), expected.end(), t.words);
+  t.counter = at<void>(counter);
+  t.counter_bytes = counter_bytes;
+  py::gil_scoped_release release;
+  p.solve(at<int64_t>(loads), 1, t, static_cast<lplb::Solver>(solver), plan_at(out), at<lplb::IterationRow>(log),
+          stream_at(stream));
+}
+
+void cuda_assign(const CudaPlanner& p, Address indices, int index_bytes, int64_t n, int blocks, int64_t length,
+                 Address prefix, int source, Address quota, Address physical, Address stream) {
+  py::gil_scoped_release release;
+  p.assign(at<void>(indices), index_bytes, {n, length}, blocks, at<int32_t>(prefix), source, at<int32_t>(quota),
+           at<void>(physical), stream_at(stream));
+}
+
+void cuda_run(const CudaPlanner& p, Address indices, int index_bytes, int64_t n, int n_sms, Address row, Address loads,
+              int solver, std::array<Address, 7> out, Address counter, int counter_bytes, Address physical,
+              Address stream) {
+  const lplb::cuda::Blocks blocks = p.blocks(n, n_sms);
+  const lplb::Cut cut{n, blocks.length};
+  lplb::cuda::ExchangedTable t{};
+  t.counts = at<int32_t>(row);
+  t.ranks = 1;
+  t.counter = at<void>(counter);
+  t.counter_bytes = counter_bytes;
+  const auto plan = plan_at(out);
+  py::gil_scoped_release release;
+  p.count(at<void>(indices), index_bytes, cut, blocks.count, p.prefix(), at<int32_t>(row), stream_at(stream));
+  p.solve(at<int64_t>(loads), 1, t, static_cast<lplb::Solver>(solver), plan, nullptr, stream_at(stream));
+  p.assign(at<void>(indices), index_bytes, cut, blocks.count, p.prefix(), 0, plan.quota, at<void>(physical),
+           stream_at(stream));
+}
+
+void add_cuda(py::module_& m) {
+  py::class_<CudaPlanner>(m, "CudaPlanner")
+      .def(py::init<const std::vector<int32_t>&, int, int, int, const std::vector<double>&, const std::string&, int64_t,
+                    int>(),
+           py::arg("phy2log"), py::arg("n_logical"), py::arg("n_ranks"), py::arg("group_size"), py::arg("speed"),
+           py::arg("linalg"), py::arg("shared_bytes"), py::arg("sms"))
+      .def_property_readonly("tables",
+                             [](const CudaPlanner& p) {
+                               return py::bytes(reinterpret_cast<const char*>(p.image().data()), p.image().size());
+                             })
+      .def_property_readonly("scratch_bytes", &CudaPlanner::scratch_bytes)
+      .def_property_readonly("linalg", &CudaPlanner::algebra)
+      .def(
+          "launches",
+          [](const CudaPlanner& p, int64_t n, int, int n_sms, int64_t batch) {
+            py::list all;
+            for (const auto& l : p.launches(n, n_sms, batch))
+              all.append(py::make_tuple(l.kernel, l.blocks, l.threads, l.shared));
+            return all;
+          },
+          py::arg("n"), py::arg("index_bytes"), py::arg("n_sms"), py::arg("batch"))
+      .def(
+          "blocks",
+          [](const CudaPlanner& p, int64_t n, int n_sms) {
+            const auto b = p.blocks(n, n_sms);
+            return py::make_tuple(b.count, b.length);
+          },
+          py::arg("n"), py::arg("n_sms"))
+      .def(
+          "bind",
+          [](CudaPlanner& p, Address tables, Address scratch, Address faults) {
+            p.bind(at<void>(tables), at<void>(scratch), at<int64_t>(faults));
+          },
+          py::arg("tables"), py::arg("scratch"), py::arg("faults"))
+      .def("count", &cuda_count, py::arg("indices"), py::arg("index_bytes"), py::arg("n"), py::arg("blocks"),
+           py::arg("length"), py::arg("prefix"), py::arg("row"), py::arg("stream"))
+      .def("solve", &cuda_solve, py::arg("loads"), py::arg("batch"), py::arg("solver"), py::arg("out"), py::arg("log"),
+           py::arg("stream"))
+      .def("solve_table", &cuda_solve_table, py::arg("table"), py::arg("stride"), py::arg("ranks"), py::arg("source"),
+           py::arg("words"), py::arg("loads"), py::arg("solver"), py::arg("out"), py::arg("counter"),
+           py::arg("counter_bytes"), py::arg("log"), py::arg("stream"))
+      .def("assign", &cuda_assign, py::arg("indices"), py::arg("index_bytes"), py::arg("n"), py::arg("blocks"),
+           py::arg("length"), py::arg("prefix"), py::arg("source"), py::arg("quota"), py::arg("physical"),
+           py::arg("stream"))
+      .def("run", &cuda_run, py::arg("indices"), py::arg("index_bytes"), py::arg("n"), py::arg("n_sms"), py::arg("row"),
+           py::arg("loads"), py::arg("solver"), py::arg("out"), py::arg("counter"), py::arg("counter_bytes"),
+           py::arg("physical"), py::arg("stream"));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -67,7 +193,23 @@ PYBIND11_MODULE(_C, m) {
   m.attr("gap_tolerance") = lplb::kGapTolerance;
   m.attr("log_fields") = py::make_tuple("objective", "bound", "gap", "mu", "step_primal", "step_dual");
   m.attr("instruction_set") = lplb::cpu::best_instruction_set().name;
+#ifdef LPLB_HAVE_CUDA
+  m.attr("cuda") = true;
+  m.attr("cuda_targets") = words(LPLB_CUDA_TARGETS);
+  m.attr("cuda_version") = LPLB_CUDA_VERSION;
+  add_cuda(m);
+#else
   m.attr("cuda") = false;
+  m.attr("cuda_targets") = py::tuple();
+  m.attr("cuda_version") = "";
+#endif
+#ifdef LPLB_HAVE_CUSOLVERDX
+  m.attr("linalgs") = words("builtin;cusolverdx");
+  m.attr("mathdx_version") = LPLB_MATHDX_VERSION;
+#else
+  m.attr("linalgs") = words("builtin");
+  m.attr("mathdx_version") = "";
+#endif
   m.def("total", &total, py::arg("counts"), py::arg("stride"), py::arg("n_ranks"), py::arg("n_logical"),
         py::arg("loads"));
   m.def("add", &add, py::arg("counter"), py::arg("bytes"), py::arg("value"));

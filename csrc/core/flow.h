@@ -49,6 +49,7 @@ struct Flow {
   LPLB_HD void find_reach() {
     warp.each(g.n_ranks, [&](int r) {
       Set s = Set::none();
+      LPLB_LOOP
       for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i)
         if (y[g.rank_replica[i]] > slack) s = s | held_with(i);
       s.write(reach + kWords * r);
@@ -58,6 +59,7 @@ struct Flow {
 
   LPLB_HD void refresh_reach(int r) {
     Set s = Set::none();
+    LPLB_LOOP
     for (int i = g.rank_begin[r] + warp.rank(); i < g.rank_begin[r + 1]; i += warp.size()) {
       const uint64_t gives = y[g.rank_replica[i]] > slack ? ~uint64_t{0} : 0;
       const Set held = held_with(i);
@@ -189,6 +191,7 @@ inline constexpr double kSlack = 1e-12;  // of a mean rank load, which is 1
 template <class AnyGroup>
 LPLB_HD inline void fill(const AnyGroup& g, int e, double tokens, const double* limit, double* y, double* load) {
   const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
+  LPLB_LOOP
   for (int p = begin; p < end; ++p) {
     const int r = g.replica_rank[p];
     const double room = limit[r] > load[r] ? limit[r] - load[r] : 0.0;
@@ -211,7 +214,7 @@ LPLB_HD inline int64_t tokens_of(Warp& warp, const AnyGroup& g, const Workspace&
 
 template <int kWords, class Warp, class AnyGroup>
 LPLB_HD inline double speed_of(Warp& warp, const AnyGroup& g, RankSet<kWords> set) {
-  return warp.sums(g.n_ranks, [&](int r) { return set.has(r) ? g.speed[r] : 0.0; })[0];
+  return warp.few_sums(g.n_ranks, [&](int r) { return set.has(r) ? g.speed[r] : 0.0; })[0];
 }
 
 }  // namespace flow
@@ -221,7 +224,7 @@ template <int kWords, class Warp, class AnyGroup>
 LPLB_HD inline FlowOutcome bottleneck_flow(Warp& warp, const AnyGroup& g, const Workspace& x, double mean) {
   Flow<double, kWords, Warp, AnyGroup> f{warp,   g,       x.y,     x.rank_load,  x.rank_limit, x.reach, x.level,
                                          x.path, x.giver, x.taker, flow::kSlack, {},           {}};
-  const double busiest = warp.maxima(g.n_ranks, [&](int r) { return x.a[r] / g.speed[r]; })[0];
+  const double busiest = warp.few_maxima(g.n_ranks, [&](int r) { return x.a[r] / g.speed[r]; })[0];
   double t = busiest > 1.0 ? busiest : 1.0;
   warp.each(g.n_ranks, [&](int r) {
     f.load[r] = x.a[r];
@@ -246,7 +249,7 @@ LPLB_HD inline FlowOutcome bottleneck_flow(Warp& warp, const AnyGroup& g, const 
     warp.sync();
   }
   out.bound = t;
-  out.objective = warp.maxima(g.n_ranks, [&](int r) { return f.load[r] / g.speed[r]; })[0];
+  out.objective = warp.few_maxima(g.n_ranks, [&](int r) { return f.load[r] / g.speed[r]; })[0];
   return out;
 }
 

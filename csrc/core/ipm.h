@@ -37,11 +37,12 @@ LPLB_HD inline int n_pairs(const AnyGroup& g) {
 template <class Team, class AnyGroup>
 LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x) {
   double *s = x.y + g.n_replicas, *u = x.z + g.n_replicas;
-  const double u0 = 1.0 / team.sums(g.n_ranks, [&](int r) { return g.speed[r]; })[0];
+  const double u0 = 1.0 / team.few_sums(g.n_ranks, [&](int r) { return g.speed[r]; })[0];
   team.each(g.n_experts, [&](int e) {
     const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
     const bool on = x.w[e] > 0.0;
     const double even = x.w[e] / (end - begin);
+    LPLB_LOOP
     for (int p = begin; p < end; ++p) {
       x.y[p] = even;
       x.z[p] = on ? u0 : 1.0;
@@ -51,6 +52,7 @@ LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x) {
   team.sync();
   team.each(g.n_ranks, [&](int r) {
     double load = x.a[r];
+    LPLB_LOOP
     for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) {
       load += x.y[g.rank_replica[i]];
     }
@@ -59,7 +61,7 @@ LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x) {
     x.dz[g.n_replicas + r] = 0.0;
   });
   team.sync();
-  const double t = kStartAbove * team.maxima(g.n_ranks, [&](int r) { return s[r] * g.inv_speed[r]; })[0];
+  const double t = kStartAbove * team.few_maxima(g.n_ranks, [&](int r) { return s[r] * g.inv_speed[r]; })[0];
   team.sync();
   team.each(g.n_ranks, [&](int r) { s[r] = t * g.speed[r] - s[r]; });
   team.sync();
@@ -71,9 +73,10 @@ template <class Team, class AnyGroup>
 LPLB_HD inline double lower_bound(Team& team, const AnyGroup& g, const Workspace& x) {
   const double* u = x.z + g.n_replicas;
   const auto ranks =
-      team.sums(g.n_ranks, [&](int r) { return u[r] * x.a[r]; }, [&](int r) { return g.speed[r] * u[r]; });
+      team.few_sums(g.n_ranks, [&](int r) { return u[r] * x.a[r]; }, [&](int r) { return g.speed[r] * u[r]; });
   const auto experts = team.sums(g.n_experts, [&](int e) {
     double least = u[g.replica_rank[g.expert_begin[e]]];
+    LPLB_LOOP
     for (int p = g.expert_begin[e] + 1; p < g.expert_begin[e + 1]; ++p) {
       const double up = u[g.replica_rank[p]];
       least = up < least ? up : least;
@@ -94,6 +97,7 @@ LPLB_HD inline void scale(Team& team, const AnyGroup& g, const Workspace& x) {
   team.sync();
   team.each(g.n_experts, [&](int e) {
     double sigma = 0.0;
+    LPLB_LOOP
     for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) sigma += x.h[p];
     x.inv_sigma[e] = sigma > 0.0 ? 1.0 / sigma : 0.0;
     x.q[e] = x.w[e] * x.inv_sigma[e];
@@ -114,14 +118,17 @@ LPLB_HD inline void assemble(Team& team, const AnyGroup& g, const Workspace& x) 
     }
     double diagonal = x.h[g.n_replicas + r];
     double b = x.a[r];
+    LPLB_LOOP
     for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) {
       const int p = g.rank_replica[i], e = g.replica_expert[p];
       const double factor = x.h[p] * x.inv_sigma[e];
       double others = 0.0;
+      LPLB_LOOP
       for (int q = g.expert_begin[e]; q < p; ++q) {  // slots ascend, and with them ranks: below the diagonal
         others += x.h[q];
         x.m[g.replica_rank[q] * n + r] -= factor * x.h[q];
       }
+      LPLB_LOOP
       for (int q = p + 1; q < g.expert_begin[e + 1]; ++q) others += x.h[q];
       diagonal += factor * others;
       b += x.h[p] * x.q[e];
@@ -138,7 +145,7 @@ template <class Team, class AnyGroup>
 LPLB_HD inline double rank_step(Team& team, const AnyGroup& g, const Workspace& x, double inv_v_x1) {
   const int n = g.n_padded;
   double* du = x.dz + g.n_replicas;
-  const double t = team.sums(g.n_ranks, [&](int r) { return g.speed[r] * x.rhs[n + r]; })[0] * inv_v_x1;
+  const double t = team.few_sums(g.n_ranks, [&](int r) { return g.speed[r] * x.rhs[n + r]; })[0] * inv_v_x1;
   team.each(g.n_ranks, [&](int r) { du[r] = x.rhs[n + r] - t * x.rhs[r]; });
   team.sync();
   return t;
@@ -151,12 +158,14 @@ LPLB_HD inline void complete_step(Team& team, const AnyGroup& g, const Workspace
   team.each(g.n_experts, [&](int e) {
     const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
     double target = -x.w[e];
+    LPLB_LOOP
     for (int p = begin; p < end; ++p) {
       target -= x.h[p] * du[g.replica_rank[p]];
       if (kCorrect) target += x.extra[p];
     }
     const double dm = target * x.inv_sigma[e];
     const bool on = x.w[e] > 0.0;
+    LPLB_LOOP
     for (int p = begin; p < end; ++p) x.dz[p] = on ? du[g.replica_rank[p]] + dm : 0.0;
   });
   team.sync();
@@ -179,6 +188,7 @@ LPLB_HD inline void correct(Team& team, const AnyGroup& g, const Workspace& x, d
   team.sync();
   team.each(g.n_experts, [&](int e) {
     double sum = 0.0;
+    LPLB_LOOP
     for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) sum += x.extra[p];
     x.q[e] = sum * x.inv_sigma[e];
   });
@@ -189,6 +199,7 @@ LPLB_HD inline void correct(Team& team, const AnyGroup& g, const Workspace& x, d
       return;
     }
     double b = x.b[r] + x.extra[g.n_replicas + r];
+    LPLB_LOOP
     for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) {
       const int p = g.rank_replica[i];
       b += x.extra[p] - x.h[p] * x.q[g.replica_expert[p]];
@@ -254,7 +265,7 @@ LPLB_HD inline IpmOutcome interior_point(Team& team, Algebra algebra, const AnyG
   IpmOutcome out{0.0, 0.0, 0, Status::iteration_limit};
 
   for (;; ++out.iterations) {
-    out.objective = team.maxima(g.n_ranks, [&](int r) { return t - x.y[g.n_replicas + r] * g.inv_speed[r]; })[0];
+    out.objective = team.few_maxima(g.n_ranks, [&](int r) { return t - x.y[g.n_replicas + r] * g.inv_speed[r]; })[0];
     const double bound = ipm::lower_bound(team, g, x);
     out.bound = bound > out.bound ? bound : out.bound;
     const double distance = out.objective - out.bound;
@@ -272,7 +283,7 @@ LPLB_HD inline IpmOutcome interior_point(Team& team, Algebra algebra, const AnyG
       out.status = Status::numerical;
       break;
     }
-    const double inv_v_x1 = 1.0 / team.sums(g.n_ranks, [&](int r) { return g.speed[r] * x.rhs[r]; })[0];
+    const double inv_v_x1 = 1.0 / team.few_sums(g.n_ranks, [&](int r) { return g.speed[r] * x.rhs[r]; })[0];
 
     ipm::rank_step(team, g, x, inv_v_x1);
     ipm::complete_step<false>(team, g, x);

@@ -217,15 +217,17 @@ template <class Team>
 LPLB_HD inline void update_trailing(Team& team, int n, int j0, double* m) {
   auto& warp = team.warp();
   int block = 0;
-  for (int c0 = j0 + kColumns; c0 < n; c0 += kColumns)
-    for (int i0 = c0; i0 < n; i0 += kWarpSize, ++block)
-      if (block % team.n_warps() == team.warp_index()) update_block(warp, n, j0, c0, i0, m);
+  LPLB_LOOP
+  for (int c0 = j0 + kColumns; c0 < n; c0 += kColumns) LPLB_LOOP
+  for (int i0 = c0; i0 < n; i0 += kWarpSize, ++block)
+    if (block % team.n_warps() == team.warp_index()) update_block(warp, n, j0, c0, i0, m);
 }
 
 template <int kRhs, class Team>
 LPLB_HD inline bool factor_and_forward(Team& team, int n, double* m, double* inv_d, double* b) {
   auto& warp = team.warp();
   const int lane = warp.rank();
+  LPLB_LOOP
   for (int j0 = 0; j0 < n; j0 += kColumns) {
     Row<kRhs> row;
     double inv = 0.0;
@@ -249,19 +251,17 @@ LPLB_HD inline bool factor_and_forward(Team& team, int n, double* m, double* inv
 
 }  // namespace panel
 
-// The triangular solves of a warp: lane l holds the rows l, l + 32, … of the right-hand sides.
+// The triangular solves of a warp: lane l holds the rows l, l + 32, …, kPerLane of them, of the right-hand sides.
 namespace rows {
 
-inline constexpr int kPerLane = 128 / kWarpSize;
-
-template <int kRhs>
+template <int kPerLane, int kRhs>
 struct Rows {
   double v[kPerLane][kRhs];
 };
 
-template <int kRhs>
-LPLB_HD inline Rows<kRhs> load(int lane, int n, const double* b) {
-  Rows<kRhs> x;
+template <int kPerLane, int kRhs>
+LPLB_HD inline Rows<kPerLane, kRhs> load(int lane, int n, const double* b) {
+  Rows<kPerLane, kRhs> x;
   LPLB_UNROLL
   for (int t = 0; t < kPerLane; ++t) {
     const int i = lane + kWarpSize * t;
@@ -272,13 +272,14 @@ LPLB_HD inline Rows<kRhs> load(int lane, int n, const double* b) {
 }
 
 // b ← L⁻¹·b
-template <int kRhs, class Warp>
+template <int kPerLane, int kRhs, class Warp>
 LPLB_HD inline void forward(Warp& warp, int n, const double* m, double* b) {
   const int lane = warp.rank();
-  Rows<kRhs> x = load<kRhs>(lane, n, b);
+  Rows<kPerLane, kRhs> x = load<kPerLane, kRhs>(lane, n, b);
   LPLB_UNROLL
   for (int t = 0; t < kPerLane; ++t) {
     const int end = n - kWarpSize * t < kWarpSize ? n - kWarpSize * t : kWarpSize;
+    LPLB_LOOP
     for (int l = 0; l < end; ++l) {
       const int k = kWarpSize * t + l;
       double z[kRhs];
@@ -304,13 +305,14 @@ LPLB_HD inline void forward(Warp& warp, int n, const double* m, double* b) {
 }
 
 // b ← U⁻¹·b
-template <int kRhs, class Warp>
+template <int kPerLane, int kRhs, class Warp>
 LPLB_HD inline void backward(Warp& warp, int n, const double* m, const double* inv_d, double* b) {
   const int lane = warp.rank();
-  Rows<kRhs> x = load<kRhs>(lane, n, b);
+  Rows<kPerLane, kRhs> x = load<kPerLane, kRhs>(lane, n, b);
   LPLB_UNROLL
   for (int t = kPerLane - 1; t >= 0; --t) {
     const int end = n - kWarpSize * t < kWarpSize ? n - kWarpSize * t : kWarpSize;
+    LPLB_LOOP
     for (int l = end - 1; l >= 0; --l) {
       const int k = kWarpSize * t + l;
       const double inv = inv_d[k];
@@ -338,8 +340,11 @@ LPLB_HD inline void backward(Warp& warp, int n, const double* m, const double* i
 
 }  // namespace rows
 
-// The project's own algebra. Another one may stand in for it, see csrc/cuda.
+// The project's own algebra, for matrices up to kMost wide. Another one may stand in for it, see csrc/cuda.
+template <int kMost>
 struct BuiltinAlgebra {
+  static constexpr int kPerLane = (kMost + kWarpSize - 1) / kWarpSize;
+
   // The width of the matrix for a group of n_ranks.
   LPLB_HD static constexpr int width(int n_ranks) { return (n_ranks + 7) / 8 * 8; }
 
@@ -362,7 +367,7 @@ struct BuiltinAlgebra {
     }
 #endif
     if (!panel::factor_and_forward<kRhs>(team, n, m, inv_d, b)) return false;
-    team.first_warp([=](auto& warp) { rows::backward<kRhs>(warp, n, m, inv_d, b); });
+    team.first_warp([=](auto& warp) { rows::backward<kPerLane, kRhs>(warp, n, m, inv_d, b); });
     return true;
   }
 
@@ -382,9 +387,9 @@ struct BuiltinAlgebra {
     }
 #endif
     team.first_warp([=](auto& warp) {
-      rows::forward<1>(warp, n, m, b);
+      rows::forward<kPerLane, 1>(warp, n, m, b);
       warp.sync();
-      rows::backward<1>(warp, n, m, inv_d, b);
+      rows::backward<kPerLane, 1>(warp, n, m, inv_d, b);
     });
   }
 };

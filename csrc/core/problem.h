@@ -76,6 +76,7 @@ struct Workspace {
   double *rank_load, *rank_limit;                // per rank: the flow solver's fractional loads and capacities
   uint64_t *reach, *level;        // [n_ranks, set_words] where a rank can send tokens at once; [n_ranks + 1, …]
   int32_t *path, *giver, *taker;  // [n_ranks + 1] a way along which tokens move
+  uint64_t* sets;                 // [n_experts + n_replicas, set_words] room for a copy of the rank sets
 };
 
 // Hands out the memory at `base`, or only measures it where base is null. Returns the bytes used.
@@ -118,6 +119,7 @@ LPLB_HD inline size_t carve(const AnyGroup& g, std::byte* base, Workspace& ws) {
   take(ws.path, r + 1);
   take(ws.giver, r + 1);
   take(ws.taker, r + 1);
+  take(ws.sets, words * (e + p));
   return used > with_matrix ? used : with_matrix;
 }
 

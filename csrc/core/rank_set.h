@@ -151,7 +151,7 @@ LPLB_HD inline int first_of_largest(Warp& warp, int begin, int end, F key) {
 // op over all members' values, in any order.
 template <class Warp, class T, class Op>
 LPLB_HD inline T fold(Warp& warp, T value, Op op) {
-  for (int step = warp.size() / 2; step > 0; step /= 2) value = op(value, warp.get(value, warp.rank() ^ step));
+  for (int step = warp.size() / 2; step > 0; step /= 2) value = op(value, warp.across(value, step));
   return value;
 }
 

@@ -17,6 +17,7 @@ inline constexpr int kBufferSize = 2 * kMostValues * kSumLanes;
 template <class F>
 LPLB_HD inline double lane_sum(int lane, int n, F f) {
   double part[kPerLane] = {0.0, 0.0, 0.0, 0.0};
+  LPLB_LOOP
   for (int first = lane; first < n; first += kSumLanes) {
     LPLB_UNROLL
     for (int k = 0; k < kPerLane; ++k)
@@ -28,6 +29,7 @@ LPLB_HD inline double lane_sum(int lane, int n, F f) {
 template <class F>
 LPLB_HD inline double strided_max(int first, int step, int n, F f) {
   double most = 0.0;
+  LPLB_LOOP
   for (int i = first; i < n; i += step) {
     const double x = f(i);
     most = x > most ? x : most;
@@ -40,7 +42,7 @@ LPLB_HD inline Values<kCount> fold_sums(Warp& warp, Values<kCount> x) {
   LPLB_UNROLL
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
     LPLB_UNROLL
-    for (int k = 0; k < kCount; ++k) x.v[k] += warp.get(x.v[k], warp.rank() ^ step);
+    for (int k = 0; k < kCount; ++k) x.v[k] += warp.across(x.v[k], step);
   }
   return x;
 }
@@ -51,7 +53,7 @@ LPLB_HD inline Values<kCount> fold_maxima(Warp& warp, Values<kCount> x) {
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
     LPLB_UNROLL
     for (int k = 0; k < kCount; ++k) {
-      const double other = warp.get(x.v[k], warp.rank() ^ step);
+      const double other = warp.across(x.v[k], step);
       x.v[k] = other > x.v[k] ? other : x.v[k];
     }
   }
@@ -68,18 +70,18 @@ LPLB_HD inline Values<sizeof...(F)> warp_maxima(Warp& warp, int n, F... f) {
   return fold_maxima<sizeof...(F)>(warp, {{strided_max(warp.rank(), kWarpSize, n, f)...}});
 }
 
-// Few terms: every warp for itself. More: every member computes its own terms once. `buffer` [kBufferSize] is the
-// block's; `round` is 0 and 1 in turn.
+// Every member computes its own terms, once. `buffer` [kBufferSize] is the block's; `round` is 0 and 1 in turn.
 template <class Block, class... F>
 LPLB_HD inline Values<sizeof...(F)> block_sums(Block& block, double* buffer, int& round, int n, F... f) {
   constexpr int kCount = sizeof...(F);
   static_assert(kCount <= kMostValues);
   auto& warp = block.warp();
-  if (n <= kSumLanes) return warp_sums(warp, n, f...);
   double* shared = buffer + round * kMostValues * kSumLanes;
   round = 1 - round;
+  LPLB_LOOP
   for (int lane = block.rank(); lane < kSumLanes; lane += block.size()) {
     Values<kCount> own{};
+    LPLB_LOOP
     for (int i = lane; i < n; i += kSumLanes) {
       const double term[kCount] = {f(i)...};
       LPLB_UNROLL
@@ -103,7 +105,6 @@ LPLB_HD inline Values<sizeof...(F)> block_maxima(Block& block, double* buffer, i
   constexpr int kCount = sizeof...(F);
   static_assert(kCount <= kMostValues);
   auto& warp = block.warp();
-  if (n <= kSumLanes) return warp_maxima(warp, n, f...);
   double* shared = buffer + round * kMostValues * kSumLanes;
   round = 1 - round;
   Values<kCount> x = fold_maxima<kCount>(warp, {{strided_max(block.rank(), block.size(), n, f)...}});

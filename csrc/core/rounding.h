@@ -61,6 +61,7 @@ template <class Team, class AnyGroup>
 LPLB_HD inline void round_down(Team& team, const AnyGroup& g, const Workspace& x, double mean) {
   team.each(g.n_experts, [&](int e) {
     int64_t left = x.tokens[e];
+    LPLB_LOOP
     for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) {
       int64_t q = static_cast<int64_t>(x.y[p] * mean);
       if (q > left) q = left;
@@ -72,6 +73,7 @@ LPLB_HD inline void round_down(Team& team, const AnyGroup& g, const Workspace& x
   team.sync();
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = x.single_tokens[r];
+    LPLB_LOOP
     for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) tokens += x.quota[g.rank_replica[i]];
     x.rank_tokens[r] = tokens;
   });
@@ -137,7 +139,7 @@ LPLB_HD inline WholeOutcome whole_tokens(Warp& warp, const AnyGroup& g, const Wo
     out.bound = ratio > out.bound ? ratio : out.bound;
     level = rounding::whole_level(warp, g, set, stuck, level);
   }
-  out.level = warp.maxima(g.n_ranks, [&](int r) { return static_cast<double>(f.load[r]) / g.speed[r]; })[0];
+  out.level = warp.few_maxima(g.n_ranks, [&](int r) { return static_cast<double>(f.load[r]) / g.speed[r]; })[0];
   out.max_load = static_cast<int64_t>(std::ceil(out.level));
   return out;
 }

@@ -21,13 +21,14 @@ template <class Team, class AnyGroup>
 LPLB_HD inline double gather(Team& team, const AnyGroup& g, const Workspace& x, const int64_t* loads) {
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = 0;
+    LPLB_LOOP
     for (int i = g.single_begin[r]; i < g.single_begin[r + 1]; ++i) tokens += loads[g.single_logical[i]];
     x.single_tokens[r] = tokens;
   });
   team.each(g.n_experts, [&](int e) { x.tokens[e] = loads[g.expert_logical[e]]; });
   team.sync();
   // whole numbers below 2^53: exact in any order
-  const auto ranks = team.sums(
+  const auto ranks = team.few_sums(
       g.n_ranks, [&](int r) { return static_cast<double>(x.single_tokens[r]); }, [&](int r) { return g.speed[r]; });
   const auto experts = team.sums(g.n_experts, [&](int e) { return static_cast<double>(x.tokens[e]); });
   const double mean = (ranks[0] + experts[0]) / ranks[1];
@@ -74,7 +75,7 @@ LPLB_HD inline void solve_group(Team& team, Algebra algebra, const AnyGroup& g, 
   // Nothing to share out: the busiest rank is a bound by itself.
   detail::Fractional found{0.0, 0.0, 0, Status::solved};
   if (!movable) {
-    found.objective = found.bound = team.maxima(g.n_ranks, [&](int r) { return x.a[r] / g.speed[r]; })[0];
+    found.objective = found.bound = team.few_maxima(g.n_ranks, [&](int r) { return x.a[r] / g.speed[r]; })[0];
     team.each(g.n_replicas, [&](int p) { x.y[p] = 0.0; });
   } else if (solver == Solver::ipm) {
     const IpmOutcome out = interior_point(team, algebra, g, x, log);

@@ -31,5 +31,26 @@ struct Share {
   }
 };
 
+// The same for tokens in any order.
+struct Proportion {
+  double ratio;  // quota / tokens
+  uint32_t quota, tokens;
+
+  LPLB_HD static Proportion of(uint32_t quota, uint32_t tokens) {
+    return {tokens > 0 ? static_cast<double>(quota) / static_cast<double>(tokens) : 0.0, quota, tokens};
+  }
+
+  // Whether token k of those that reach the replica stays; else k becomes its number among those that go on.
+  LPLB_HD bool takes(uint32_t& k) const {
+    auto taken = static_cast<int64_t>(static_cast<double>(k) * ratio);  // ⌊k·quota/tokens⌋, off by one at most
+    auto remainder = static_cast<int64_t>(static_cast<uint64_t>(k) * quota) - taken * int64_t{tokens};
+    if (remainder < 0) --taken, remainder += tokens;
+    if (remainder >= tokens) ++taken, remainder -= tokens;
+    if (remainder + quota >= tokens) return true;
+    k -= static_cast<uint32_t>(taken);
+    return false;
+  }
+};
+
 }  // namespace LPLB_ISA
 }  // namespace lplb

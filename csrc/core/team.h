@@ -6,12 +6,14 @@
 //     each(n, f)              f(i) for i in [0, n), shared out over the team; no f(i) may depend on another
 //     sums(n, f, …)           Σ f(i) for every function given, the same values on every member; every f(i) must be
 //     maxima(n, f, …)         readable by every member; likewise max(0, f(0), …)
+//     few_sums, few_maxima    the same for n ≤ kSumLanes, without a barrier
 //     warp()                  the member's warp; n_warps(), warp_index()
 //     first_warp(f)           f(warp) on the first warp alone, then sync()
 //
 // and a warp, which is a team as well, also
 //
 //     get(value, member)      the value that another member passed
+//     across(value, step)     that of the member whose number differs in the bit `step`
 //     ballot(bit)             the members' bits
 //     largest(x), unite(x)    maximum and union of the members' words
 //
@@ -46,10 +48,15 @@
 #endif
 
 // On a GPU arrays stay in registers only where loops over them are unrolled.
-#ifdef __CUDACC__
+// Other loops are short; unrolled as well, they would fill the instruction cache.
+#ifdef __CUDA_ARCH__
 #define LPLB_UNROLL _Pragma("unroll")
+#define LPLB_UNROLL_16 _Pragma("unroll 16")
+#define LPLB_LOOP _Pragma("unroll 1")
 #else
 #define LPLB_UNROLL
+#define LPLB_UNROLL_16
+#define LPLB_LOOP
 #endif
 
 namespace lplb {
@@ -177,6 +184,14 @@ struct Solo {
   static Values<sizeof...(F)> maxima(int n, F... f) {
     return {{fixed_max(n, f)...}};
   }
+  template <class... F>
+  static Values<sizeof...(F)> few_sums(int n, F... f) {
+    return sums(n, f...);
+  }
+  template <class... F>
+  static Values<sizeof...(F)> few_maxima(int n, F... f) {
+    return maxima(n, f...);
+  }
   Solo& warp() { return *this; }
   template <class F>
   void first_warp(F f) {
@@ -184,6 +199,10 @@ struct Solo {
   }
   template <class T>
   static T get(T value, int) {
+    return value;
+  }
+  template <class T>
+  static T across(T value, int) {
     return value;
   }
   static uint32_t ballot(bool bit) { return bit; }

@@ -12,9 +12,9 @@ void solve_on_one_thread(const Group& g, const Workspace& x, const int64_t* load
   const GroupPlan plan{quota, rank_load, result};
   const auto nothing = [] {};
   if (set_words(g.n_ranks) == 1)
-    solve_group<1>(team, BuiltinAlgebra{}, g, x, loads, solver, plan, log, nothing);
+    solve_group<1>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, loads, solver, plan, log, nothing);
   else
-    solve_group<2>(team, BuiltinAlgebra{}, g, x, loads, solver, plan, log, nothing);
+    solve_group<2>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, loads, solver, plan, log, nothing);
 }
 
 }  // namespace LPLB_ISA

@@ -5,8 +5,26 @@
 
 namespace lplb::cuda {
 
+// What any team can do to memory that others see.
+struct Memory {
+  // From several members, blocks or the host's side: one of the values stays.
+  template <class T>
+  __device__ void note(T* p, long long value) const {
+    *static_cast<volatile T*>(p) = static_cast<T>(value);
+  }
+  template <class T>
+  __device__ void raise(T* p) const {
+    atomicAdd(p, T{1});
+  }
+  // What another block of this launch wrote.
+  template <class T>
+  __device__ T fresh(const T* p) const {
+    return __ldcg(p);
+  }
+};
+
 // The threads of one warp, all of them.
-class Warp {
+class Warp : public Memory {
  public:
   static constexpr bool kSolo = false;
 
@@ -18,6 +36,7 @@ class Warp {
   __device__ void sync() const { __syncwarp(); }
   template <class F>
   __device__ void each(int n, F f) const {
+    LPLB_LOOP
     for (int i = rank(); i < n; i += kWarpSize) f(i);
   }
   template <class... F>
@@ -28,6 +47,14 @@ class Warp {
   __device__ Values<sizeof...(F)> maxima(int n, F... f) {
     return reduce::warp_maxima(*this, n, f...);
   }
+  template <class... F>
+  __device__ Values<sizeof...(F)> few_sums(int n, F... f) {
+    return reduce::warp_sums(*this, n, f...);
+  }
+  template <class... F>
+  __device__ Values<sizeof...(F)> few_maxima(int n, F... f) {
+    return reduce::warp_maxima(*this, n, f...);
+  }
   template <class F>
   __device__ void first_warp(F f) {
     f(*this);
@@ -36,6 +63,10 @@ class Warp {
   template <class T>
   __device__ T get(T value, int member) const {
     return __shfl_sync(kAll, value, member);
+  }
+  template <class T>
+  __device__ T across(T value, int step) const {
+    return __shfl_xor_sync(kAll, value, step);
   }
   __device__ uint32_t ballot(bool bit) const { return __ballot_sync(kAll, bit); }
   __device__ uint32_t match(uint32_t x) const { return __match_any_sync(kAll, x); }
@@ -49,22 +80,26 @@ class Warp {
   static constexpr uint32_t kAll = 0xFFFFFFFF;
 };
 
-// The threads of one block, kThreads of them, a multiple of 32. `buffer` [reduce::kBufferSize] in shared memory.
+inline constexpr int kAnySize = 0;
+
+// The threads of one block, a multiple of 32: kThreads, or as many as were launched. `buffer` [reduce::kBufferSize] in
+// shared memory, where the block takes sums or maxima.
 template <int kThreads>
-class Block {
+class Block : public Memory {
  public:
   static constexpr bool kSolo = false;
 
   explicit __device__ Block(double* buffer) : buffer_(buffer) {}
   __device__ int rank() const { return threadIdx.x; }
-  static constexpr __host__ __device__ int size() { return kThreads; }
-  static constexpr __host__ __device__ int n_warps() { return kThreads / kWarpSize; }
+  __device__ int size() const { return kThreads != kAnySize ? kThreads : static_cast<int>(blockDim.x); }
+  __device__ int n_warps() const { return size() / kWarpSize; }
   __device__ int warp_index() const { return static_cast<int>(threadIdx.x) / kWarpSize; }
   __device__ Warp& warp() { return warp_; }
   __device__ void sync() const { __syncthreads(); }
   template <class F>
   __device__ void each(int n, F f) const {
-    for (int i = rank(); i < n; i += kThreads) f(i);
+    LPLB_LOOP
+    for (int i = rank(); i < n; i += size()) f(i);
   }
   template <class... F>
   __device__ Values<sizeof...(F)> sums(int n, F... f) {
@@ -74,15 +109,18 @@ class Block {
   __device__ Values<sizeof...(F)> maxima(int n, F... f) {
     return reduce::block_maxima(*this, buffer_, round_, n, f...);
   }
+  template <class... F>
+  __device__ Values<sizeof...(F)> few_sums(int n, F... f) {
+    return reduce::warp_sums(warp_, n, f...);
+  }
+  template <class... F>
+  __device__ Values<sizeof...(F)> few_maxima(int n, F... f) {
+    return reduce::warp_maxima(warp_, n, f...);
+  }
   template <class F>
   __device__ void first_warp(F f) {
     if (warp_index() == 0) f(warp_);
     sync();
-  }
-  // What another block of this launch wrote.
-  template <class T>
-  __device__ T fresh(const T* p) const {
-    return __ldcg(p);
   }
 
  private:

@@ -1,0 +1,20 @@
+// CUDA failures become std::runtime_error with file, line and CUDA's words.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace lplb::cuda {
+
+inline void check(cudaError_t error, const char* what, const char* file, int line) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the next call starts afresh, unless the device is lost
+  throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + what + ": " +
+                           cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
+}
+
+}  // namespace lplb::cuda
+
+#define LPLB_CUDA_CHECK(call) ::lplb::cuda::check(call, #call, __FILE__, __LINE__)

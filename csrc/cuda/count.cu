@@ -1,0 +1,55 @@
+#include "check.h"
+#include "count.h"
+#include "team.cuh"
+
+namespace lplb::cuda {
+
+namespace {
+
+// The last block to arrive adds up all of them, so counting is one launch.
+template <class Index>
+__global__ void __launch_bounds__(kTokenWarps* kWarpSize, 1) count_kernel(const CountArguments a) {
+  extern __shared__ int32_t counters[];
+  __shared__ bool is_last;
+  Block<kAnySize> block(nullptr);
+  const int c = blockIdx.x, n_blocks = gridDim.x;
+  const int outside =
+      count_block(block, static_cast<const Index*>(a.indices), a.cut, c, a.n_logical, counters,
+                  a.warp_prefix + static_cast<int64_t>(c) * block.n_warps() * a.n_logical, a.prefix + c * a.n_logical);
+  if (outside > 0)
+    atomicAdd_system(reinterpret_cast<unsigned long long*>(a.faults), static_cast<unsigned long long>(outside));
+  __threadfence();
+  block.sync();
+  if (block.rank() == 0) {
+    is_last = atomicInc(a.arrived, n_blocks - 1) == static_cast<unsigned int>(n_blocks - 1);  // back to 0 by itself
+    if (is_last) *a.halt = 0;
+  }
+  block.sync();
+  if (!is_last) return;
+  __threadfence();
+  scan_blocks(block, n_blocks, a.n_logical, counters, a.prefix, a.row);
+}
+
+}  // namespace
+
+size_t count_shared(int n_logical, int warps) {
+  const int words = warps * n_logical, members = warps * kWarpSize;
+  return sizeof(int32_t) * (words > members ? words : members);
+}
+
+void allow_count_shared(size_t bytes) {
+  const int most = static_cast<int>(bytes);
+  LPLB_CUDA_CHECK(cudaFuncSetAttribute(count_kernel<int32_t>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  LPLB_CUDA_CHECK(cudaFuncSetAttribute(count_kernel<int64_t>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+}
+
+void launch_count(const CountArguments& a, int index_bytes, int blocks, int warps, cudaStream_t stream) {
+  const size_t shared = count_shared(a.n_logical, warps);
+  if (index_bytes == 8)
+    count_kernel<int64_t><<<blocks, warps * kWarpSize, shared, stream>>>(a);
+  else
+    count_kernel<int32_t><<<blocks, warps * kWarpSize, shared, stream>>>(a);
+  LPLB_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace lplb::cuda

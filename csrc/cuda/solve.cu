@@ -1,0 +1,29 @@
+#include "check.h"
+#include "solve.cuh"
+
+namespace lplb::cuda {
+
+// Up to 16 ranks one warp has a row per member and meets no barrier; above 64 ranks the matrix wants more threads.
+SolveKernel builtin_kernel(int n_ranks) {
+  const int width = BuiltinAlgebra<kMaxGroup>::width(n_ranks);
+  if (n_ranks <= 16) return {"builtin", kWarpSize, width, solve_kernel<Warp, 1, BuiltinAlgebra<16>>};
+  if (n_ranks <= 64) return {"builtin", 128, width, solve_kernel<Block<128>, 1, BuiltinAlgebra<64>>};
+  return {"builtin", 256, width, solve_kernel<Block<256>, 2, BuiltinAlgebra<128>>};
+}
+
+size_t solve_shared(const std::vector<DeviceGroup>& groups, int threads) {
+  return sizeof(double) * sum_buffer(threads) + solve_block_bytes(groups);
+}
+
+void allow_solve_shared(const SolveKernel& kernel, size_t bytes) {
+  LPLB_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+void launch_solve(const SolveKernel& kernel, const SolveArguments& a, int64_t batch, size_t shared,
+                  cudaStream_t stream) {
+  kernel.kernel<<<static_cast<unsigned int>(batch * a.n_groups), kernel.threads, shared, stream>>>(a);
+  LPLB_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace lplb::cuda

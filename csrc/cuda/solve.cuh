@@ -1,0 +1,32 @@
+// One block, one group, one load: the kernel, for any team and algebra.
+#pragma once
+
+#include "solve.h"
+#include "team.cuh"
+
+namespace lplb::cuda {
+
+template <class Team>
+struct TeamTraits;
+template <>
+struct TeamTraits<Warp> {
+  static constexpr int kThreads = kWarpSize, kBuffer = 0;
+  static __device__ Warp make(double*) { return {}; }
+};
+template <int kSize>
+struct TeamTraits<Block<kSize>> {
+  static constexpr int kThreads = kSize, kBuffer = reduce::kBufferSize;
+  static __device__ Block<kSize> make(double* buffer) { return Block<kSize>(buffer); }
+};
+
+// Doubles that teams of this many threads want for their sums.
+inline int sum_buffer(int threads) { return threads == kWarpSize ? TeamTraits<Warp>::kBuffer : reduce::kBufferSize; }
+
+template <class Team, int kSetWords, class Algebra>
+__global__ void __launch_bounds__(TeamTraits<Team>::kThreads, 1) solve_kernel(const SolveArguments a) {
+  extern __shared__ __align__(16) std::byte memory[];
+  Team team = TeamTraits<Team>::make(reinterpret_cast<double*>(memory));
+  solve_block<kSetWords>(team, Algebra{}, a, blockIdx.x, memory + sizeof(double) * TeamTraits<Team>::kBuffer);
+}
+
+}  // namespace lplb::cuda

@@ -1,0 +1,65 @@
+// Kernels whose dense algebra is cuSolverDx (Cholesky, float64, in shared memory). Compiled to LTO-IR and linked with
+// what cmake/mathdx.cmake makes of the library.
+#include "solve.cuh"
+
+#define LPLB_CUSOLVERDX(n)                                      \
+  extern "C" __device__ void lplb_potrf_##n(double*, int*);     \
+  extern "C" __device__ void lplb_potrs1_##n(double*, double*); \
+  extern "C" __device__ void lplb_potrs2_##n(double*, double*);
+LPLB_CUSOLVERDX(8)
+LPLB_CUSOLVERDX(16)
+LPLB_CUSOLVERDX(32)
+LPLB_CUSOLVERDX(64)
+LPLB_CUSOLVERDX(128)
+#undef LPLB_CUSOLVERDX
+
+namespace lplb::cuda {
+
+namespace {
+
+// The lower triangle of M becomes its Cholesky factor. The library wants all threads of the block, and neither begins
+// nor ends with a barrier.
+template <int kWidth>
+struct CuSolverDx {
+  template <int kRhs, class Team>
+  __device__ static bool factor_and_solve(Team& team, int, double* m, double* inv_d, double* b) {
+    static_assert(kRhs == 2);
+    auto* info = reinterpret_cast<int*>(inv_d);  // 1/D is not needed here
+    if constexpr (kWidth == 8) lplb_potrf_8(m, info);
+    if constexpr (kWidth == 16) lplb_potrf_16(m, info);
+    if constexpr (kWidth == 32) lplb_potrf_32(m, info);
+    if constexpr (kWidth == 64) lplb_potrf_64(m, info);
+    if constexpr (kWidth == 128) lplb_potrf_128(m, info);
+    team.sync();
+    if (*info != 0) return false;
+    if constexpr (kWidth == 8) lplb_potrs2_8(m, b);
+    if constexpr (kWidth == 16) lplb_potrs2_16(m, b);
+    if constexpr (kWidth == 32) lplb_potrs2_32(m, b);
+    if constexpr (kWidth == 64) lplb_potrs2_64(m, b);
+    if constexpr (kWidth == 128) lplb_potrs2_128(m, b);
+    team.sync();
+    return true;
+  }
+
+  template <class Team>
+  __device__ static void solve(Team& team, int, double* m, double*, double* b) {
+    if constexpr (kWidth == 8) lplb_potrs1_8(m, b);
+    if constexpr (kWidth == 16) lplb_potrs1_16(m, b);
+    if constexpr (kWidth == 32) lplb_potrs1_32(m, b);
+    if constexpr (kWidth == 64) lplb_potrs1_64(m, b);
+    if constexpr (kWidth == 128) lplb_potrs1_128(m, b);
+    team.sync();
+  }
+};
+
+}  // namespace
+
+SolveKernel cusolverdx_kernel(int n_ranks) {
+  if (n_ranks <= 8) return {"cusolverdx", kWarpSize, 8, solve_kernel<Warp, 1, CuSolverDx<8>>};
+  if (n_ranks <= 16) return {"cusolverdx", kWarpSize, 16, solve_kernel<Warp, 1, CuSolverDx<16>>};
+  if (n_ranks <= 32) return {"cusolverdx", 128, 32, solve_kernel<Block<128>, 1, CuSolverDx<32>>};
+  if (n_ranks <= 64) return {"cusolverdx", 128, 64, solve_kernel<Block<128>, 1, CuSolverDx<64>>};
+  return {"cusolverdx", 128, 128, solve_kernel<Block<128>, 2, CuSolverDx<128>>};
+}
+
+}  // namespace lplb::cuda
