@@ -1,4 +1,4 @@
-"""The compiled backend. It takes addresses and sizes and checks nothing: `lplb.planner` does, before it calls.
+"""The compiled backends. They take addresses and sizes and check nothing: `lplb.planner` does, before it calls.
 
 Addresses are those of contiguous arrays, 0 for none. ``chunks`` is ``(n, count, length)``: chunk ``i`` of ``n``
 tokens is ``[i * length, (i + 1) * length)``, clipped. Methods let other Python threads run; a planner
@@ -13,6 +13,14 @@ gap_tolerance: float
 log_fields: tuple[str, ...]
 instruction_set: str
 cuda: bool
+cuda_targets: tuple[str, ...]
+"""What the kernels are compiled for: machine code ("sm_90") and last PTX ("compute_120"); empty without CUDA."""
+cuda_version: str
+"""Of nvcc, "13.0"; "" without CUDA."""
+linalgs: tuple[str, ...]
+"""("builtin",) or ("builtin", "cusolverdx")."""
+mathdx_version: str
+""""" where MathDx is not in."""
 
 def total(counts: int, stride: int, n_ranks: int, n_logical: int, loads: int) -> int:
     """Sum ``counts`` int32 (a row per rank, ``stride`` apart) into int64 ``loads``; return the largest sum."""
@@ -59,3 +67,113 @@ class CpuPlanner:
         threads: int,
     ) -> None:
         """Map the tokens of rank ``source``; ``counts`` int32, a row per rank, ``stride`` apart. In place if asked."""
+
+class CudaPlanner:
+    """A placement compiled for a CUDA device; only in builds with CUDA.
+
+    ``stream`` is a cudaStream_t. Nothing is allocated and nothing waits for the device; kernels go to the current one.
+    Failures raise RuntimeError with file, line and CUDA's words.
+    """
+
+    def __init__(
+        self,
+        phy2log: Sequence[int],
+        n_logical: int,
+        n_ranks: int,
+        group_size: int,
+        speed: Sequence[float],
+        linalg: str,
+        shared_bytes: int,
+        sms: int,
+    ) -> None:
+        """Host only. ``shared_bytes``: what one block may have. ``sms``: most blocks of count and assign.
+
+        ValueError names need and limit where shared memory does not suffice.
+        """
+
+    @property
+    def tables(self) -> bytes:
+        """To be copied to device memory, 16-byte aligned."""
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory, zeros at the start."""
+
+    @property
+    def linalg(self) -> str: ...
+    def launches(self, n: int, index_bytes: int, n_sms: int, batch: int) -> list[tuple[str, int, int, int]]:
+        """(kernel, blocks, threads per block, dynamic shared bytes) of count, solve and assign. Host only."""
+
+    def blocks(self, n: int, n_sms: int) -> tuple[int, int]:
+        """How `run` cuts ``n`` tokens: blocks, and tokens per block. Host only."""
+
+    def bind(self, tables: int, scratch: int, faults: int) -> None:
+        """Take the memory. ``faults``: int64 ``[4]`` in pinned host memory that the device can write.
+
+        ``faults``: indices outside ``[-1, n_logical)`` since the start; 1 + the first rank whose words differ; 1 if an
+        expert had more than 2**31 - 1 tokens; nothing.
+        """
+
+    def count(
+        self, indices: int, index_bytes: int, n: int, blocks: int, length: int, prefix: int, row: int, stream: int
+    ) -> None:
+        """Inclusive counts per block, int32 ``[blocks, n_logical]``, and totals, int32 ``[n_logical]``."""
+
+    def solve(self, loads: int, batch: int, solver: int, out: Sequence[int], log: int, stream: int) -> None:
+        """Solve int64 ``loads [batch, n_logical]``; ``out`` and ``log`` as for `CpuPlanner.solve`."""
+
+    def solve_table(
+        self,
+        table: int,
+        stride: int,
+        ranks: int,
+        source: int,
+        words: Sequence[int],
+        loads: int,
+        solver: int,
+        out: Sequence[int],
+        counter: int,
+        counter_bytes: int,
+        log: int,
+        stream: int,
+    ) -> None:
+        """Sum int32 ``table [ranks, stride]`` to ``loads``, solve, and raise the counter by the groups solved.
+
+        ``words``: what columns ``n_logical + 1 ...`` of every row must hold, column ``n_logical`` being 0; none: no
+        check. Otherwise a fault is noted and `assign` writes -1 everywhere.
+        """
+
+    def assign(
+        self,
+        indices: int,
+        index_bytes: int,
+        n: int,
+        blocks: int,
+        length: int,
+        prefix: int,
+        source: int,
+        quota: int,
+        physical: int,
+        stream: int,
+    ) -> None:
+        """Map the tokens of rank ``source``; after their `count`, with the same blocks and length.
+
+        For ranks other than 0 the last `solve_table` must have been this one's.
+        """
+
+    def run(
+        self,
+        indices: int,
+        index_bytes: int,
+        n: int,
+        n_sms: int,
+        row: int,
+        loads: int,
+        solver: int,
+        out: Sequence[int],
+        counter: int,
+        counter_bytes: int,
+        physical: int,
+        stream: int,
+    ) -> None:
+        """`count`, `solve_table` and `assign` of a planner without a group."""

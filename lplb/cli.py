@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lplb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_demo(commands.add_parser("demo", help="replay the recorded router trace on simulated ranks, on the CPU"))
+    _add_env(commands.add_parser("env", help="versions, devices, what this build can do, and what is missing"))
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status
@@ -53,4 +54,16 @@ def _demo(arguments: argparse.Namespace) -> int:
     except (replay.CheckFailed, ValueError, OSError) as error:
         print(f"lplb demo: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _add_env(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=_env)
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from lplb import environment
+
+    print(environment.text(environment.facts(), arguments.json))
     return 0

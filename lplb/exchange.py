@@ -16,10 +16,17 @@ __all__ = ["Distributed", "Exchange", "Known", "Local", "exchange_for"]
 WORDS = 4
 """Columns behind the counts of a row: error word, which method was called, and a fingerprint in two."""
 
+RUN, SOLVE_PROBS = METHODS = 0, 1
+"""Collective methods by number, so that ranks that call different ones find out."""
+
 _KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _MESSAGE_BYTES = 1024
 
 T = TypeVar("T")
+
+
+class EarlierFault(ValueError):
+    """What was wrong with an earlier call, known only since then: CUDA devices report it when they get there."""
 
 
 class Exchange(Protocol):
@@ -51,6 +58,8 @@ class Local:
 class Distributed:
     """The ranks of a torch.distributed process group; an all-gather with whatever backend the group has.
 
+    Tensors of the CPU travel over the GPU where the group's backend carries those only, as NCCL does.
+
     Args:
         group: an initialised process group that this process belongs to.
     """
@@ -63,11 +72,18 @@ class Distributed:
         if self.rank < 0:
             raise ValueError("this process is not in the given group, allowed is a group that it belongs to")
 
+        carried = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
+        self._carries_cpu = "cpu:" in carried
         # renamed in torch 2.13
         self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
     def gather(self, row: torch.Tensor, table: torch.Tensor) -> None:
         """All-gather of the rows. Raises what torch.distributed raises when a rank is lost or times out."""
+        if row.device.type == "cpu" and not self._carries_cpu:
+            carried = torch.empty_like(table, device="cuda")
+            self._all_gather(carried, row.view(1, -1).cuda(), group=self.group)
+            table.copy_(carried)
+            return
         self._all_gather(table, row.view(1, -1), group=self.group)  # gloo wants the dimensions of the table
 
 
@@ -104,7 +120,7 @@ class Known:
         if self.counts is None or self.counts.shape != (self.size, len(counts)):
             seen = None if self.counts is None else tuple(self.counts.shape)
             raise ValueError(f"counts of a Known exchange has shape {seen}, allowed is {(self.size, len(counts))}")
-        if words[0] == 0 and not torch.equal(counts, self.counts[self.rank]):
+        if words[0] == 0 and not torch.equal(counts, self.counts[self.rank].to(counts)):
             raise ValueError(f"rank {self.rank} counted other tokens than counts[{self.rank}] of its Known exchange")
         table[:, :-WORDS] = self.counts
 

@@ -37,7 +37,8 @@ class SolveStatus(IntEnum):
 class Plan:
     """The plan for one load, or for a batch of loads (every tensor then has a leading batch dimension).
 
-    All tensors are on the planner's device and belong to the plan: later solves do not change them.
+    All tensors are on the planner's device and belong to the plan: later solves do not change them. On CUDA they are
+    filled in the order of the stream that was current, and reading one waits as with any other tensor.
     """
 
     quota: torch.Tensor
@@ -91,6 +92,10 @@ class Plan:
         """Return a plan that shares no memory with this one."""
         return replace(self, **{name: value.clone() for name, value in vars(self).items() if name != "solver"})
 
+    def cpu(self) -> "Plan":
+        """Return the plan on the CPU; waits for a CUDA device. Shares memory with a plan that is there already."""
+        return replace(self, **{name: value.cpu() for name, value in vars(self).items() if name != "solver"})
+
     def __str__(self) -> str:
         """One line: size, solver, worst imbalance and gap, status."""
         n_loads = self.rank_load.numel() // self.rank_load.shape[-1]
@@ -103,11 +108,13 @@ class Plan:
         )
 
 
-def empty_plan(batch: Sequence[int], n_physical: int, n_ranks: int, n_groups: int, solver: str) -> Plan:
+def empty_plan(
+    batch: Sequence[int], n_physical: int, n_ranks: int, n_groups: int, solver: str, device: torch.device
+) -> Plan:
     """Return a plan of zeros for the backend to fill."""
 
     def zeros(columns: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(*batch, columns, dtype=dtype, device="cpu")
+        return torch.zeros(*batch, columns, dtype=dtype, device=device)
 
     return Plan(
         quota=zeros(n_physical, torch.int32),
@@ -128,20 +135,21 @@ def checked_solver(solver: str) -> str:
     return solver
 
 
-def report(size: str, tokens: int, plan: Plan, log: torch.Tensor | None) -> str:
+def report(size: str, backend: str, tokens: int, plan: Plan, log: torch.Tensor | None) -> str:
     """Return problem, settings and one iteration table per group, as ``verbose`` prints them.
 
     Args:
         size: the problem's size in words.
+        backend: the backend's name.
         tokens: tokens in all loads.
-        plan: what came out.
+        plan: what came out, on the CPU.
         log: the backend's rows, float64 ``[n_group, max_iterations + 1, len(log_fields)]``, for a single load;
             ``None`` for a batch, which gets a summary only.
     """
     lines = [
         f"lplb: {size}; {tokens} tokens",
         f"      solver {plan.solver}, gap tolerance {_C.gap_tolerance:g}, at most {_C.max_iterations} iterations, "
-        f"CPU ({_C.instruction_set})",
+        f"{backend}",
     ]
     if log is None:
         return "\n".join([*lines, f"      {plan}"])

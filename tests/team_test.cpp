@@ -158,8 +158,8 @@ Problem random_problem(Random& random, int group_size, LoadKind kind) {
   const double decimals = spread[draw(random, 0, 3)];
   if (decimals > 0.0)
     for (double& v : p.speed) v = std::pow(10.0, draw(random, -decimals, decimals));
-  p.groups =
-      std::make_unique<GroupTables>(p.phy2log, p.n_logical, p.n_ranks, group_size, p.speed, BuiltinAlgebra::width);
+  p.groups = std::make_unique<GroupTables>(p.phy2log, p.n_logical, p.n_ranks, group_size, p.speed,
+                                           BuiltinAlgebra<kMaxGroup>::width);
   std::ostringstream name;
   name << n_groups << " x " << group_size << " ranks, " << n_experts << " experts in " << most << " slots, load "
        << kLoadNames[kind] << ", speeds 1e±" << decimals;
@@ -217,9 +217,9 @@ void solve_problem(Team& team, const Problem& p, Solver solver, Memory& memory, 
     IterationRow* log = solver == Solver::ipm ? &out.log[g * (kMaxIterations + 1)] : nullptr;
     const auto nothing = [] {};
     if (set_words(group.n_ranks) == 1)
-      solve_group<1>(team, BuiltinAlgebra{}, group, x, p.loads.data(), solver, plan, log, nothing);
+      solve_group<1>(team, BuiltinAlgebra<kMaxGroup>{}, group, x, p.loads.data(), solver, plan, log, nothing);
     else
-      solve_group<2>(team, BuiltinAlgebra{}, group, x, p.loads.data(), solver, plan, log, nothing);
+      solve_group<2>(team, BuiltinAlgebra<kMaxGroup>{}, group, x, p.loads.data(), solver, plan, log, nothing);
     if (team.rank() == team.size() - 1) {  // another member than the one that rounds
       std::copy(x.y, x.y + group.n_replicas, out.split.begin() + g * p.phy2log.size());
       std::copy(out.quota.begin(), out.quota.end(), out.seen.begin());
@@ -369,9 +369,10 @@ struct Factored {
 
 template <class Team>
 void factor_and_solve(Team& team, int n, Factored& f) {
-  const bool positive = BuiltinAlgebra::factor_and_solve<kColumns>(team, n, f.m.data(), f.inv_d.data(), f.x.data());
+  const bool positive =
+      BuiltinAlgebra<kMaxGroup>::factor_and_solve<kColumns>(team, n, f.m.data(), f.inv_d.data(), f.x.data());
   f.answer[team.rank()] = positive;
-  if (positive) BuiltinAlgebra::solve(team, n, f.m.data(), f.inv_d.data(), f.one.data());
+  if (positive) BuiltinAlgebra<kMaxGroup>::solve(team, n, f.m.data(), f.inv_d.data(), f.one.data());
   team.sync();
 }
 

@@ -60,6 +60,22 @@ class Barrier {
   std::condition_variable next_phase_;
 };
 
+// What any team can do to memory that others see.
+struct SeenMemory {
+  template <class T>
+  void note(T* p, std::common_type_t<T> value) {
+    __atomic_store_n(p, value, __ATOMIC_RELAXED);
+  }
+  template <class T>
+  void raise(T* p) {
+    __atomic_fetch_add(p, 1, __ATOMIC_RELAXED);
+  }
+  template <class T>
+  T fresh(const T* p) {
+    return *p;
+  }
+};
+
 // What the members of a warp pass to each other.
 struct WarpMemory {
   Barrier barrier{kWarpSize};
@@ -67,7 +83,7 @@ struct WarpMemory {
 };
 
 // One member of a warp of kWarpSize host threads.
-class ThreadWarp {
+class ThreadWarp : public SeenMemory {
  public:
   static constexpr bool kSolo = false;
 
@@ -90,6 +106,14 @@ class ThreadWarp {
   Values<sizeof...(F)> maxima(int n, F... f) {
     return reduce::warp_maxima(*this, n, f...);
   }
+  template <class... F>
+  Values<sizeof...(F)> few_sums(int n, F... f) {
+    return reduce::warp_sums(*this, n, f...);
+  }
+  template <class... F>
+  Values<sizeof...(F)> few_maxima(int n, F... f) {
+    return reduce::warp_maxima(*this, n, f...);
+  }
   template <class F>
   void first_warp(F f) {
     f(*this);
@@ -102,6 +126,10 @@ class ThreadWarp {
     std::memcpy(&word, &value, sizeof value);
     exchange(word, [&](const uint64_t* all) { std::memcpy(&value, &all[member], sizeof value); });
     return value;
+  }
+  template <class T>
+  T across(T value, int step) {
+    return get(value, rank_ ^ step);
   }
   uint32_t ballot(bool bit) {
     uint32_t bits = 0;
@@ -150,7 +178,7 @@ struct BlockMemory {
 };
 
 // One member of a block of host threads, a multiple of kWarpSize.
-class ThreadBlock {
+class ThreadBlock : public SeenMemory {
  public:
   static constexpr bool kSolo = false;
 
@@ -174,14 +202,18 @@ class ThreadBlock {
   Values<sizeof...(F)> maxima(int n, F... f) {
     return reduce::block_maxima(*this, memory_.buffer, round_, n, f...);
   }
+  template <class... F>
+  Values<sizeof...(F)> few_sums(int n, F... f) {
+    return reduce::warp_sums(warp_, n, f...);
+  }
+  template <class... F>
+  Values<sizeof...(F)> few_maxima(int n, F... f) {
+    return reduce::warp_maxima(warp_, n, f...);
+  }
   template <class F>
   void first_warp(F f) {
     if (warp_index() == 0) f(warp_);
     sync();
-  }
-  template <class T>
-  T fresh(const T* p) {
-    return *p;
   }
 
  private:

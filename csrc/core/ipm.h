@@ -178,7 +178,8 @@ LPLB_HD inline double dy(const Workspace& x, int i) {
   return kCorrect ? step + x.extra[i] : step;
 }
 
-// Second-order terms of the complementarity products, centred on sigma_mu, and the right-hand side that carries them.
+// Second-order terms of the complementarity products, centred on sigma_mu, in the place of inv_z; and the right-hand
+// side that carries them.
 template <class Team, class AnyGroup>
 LPLB_HD inline void correct(Team& team, const AnyGroup& g, const Workspace& x, double sigma_mu) {
   team.each(n_pairs(g), [x, sigma_mu](int i) {
@@ -231,7 +232,7 @@ template <class Team, class AnyGroup>
 LPLB_HD inline Steps corrected_steps(Team& team, const AnyGroup& g, const Workspace& x) {
   return within(kStepToBoundary, team.maxima(
                                      n_pairs(g), [x](int i) { return -dy<true>(x, i) * (1.0 / x.y[i]); },
-                                     [x](int i) { return -x.dz[i] * x.inv_z[i]; }));
+                                     [x](int i) { return -x.dz[i] * (1.0 / x.z[i]); }));
 }
 
 // Σ y_p z_p + Σ s_r u_r after the given steps.

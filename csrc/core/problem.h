@@ -68,7 +68,7 @@ struct Result {
 struct Workspace {
   double *a, *b, *rhs, *inv_d;             // per rank, padded; rhs has two columns
   double *w, *inv_sigma, *q;               // per expert
-  double *y, *z, *inv_z, *h, *dz, *extra;  // per complementary pair: replicas, then ranks
+  double *y, *z, *h, *dz, *inv_z, *extra;  // per complementary pair: replicas, then ranks; extra replaces inv_z
   int64_t *tokens, *single_tokens;         // per expert, per rank
   double* m;                               // the matrix in the ranks
   // Flow and rounding come when the matrix is done with, and have its memory.
@@ -102,7 +102,7 @@ LPLB_HD inline size_t carve(const AnyGroup& g, std::byte* base, Workspace& ws) {
   take(ws.inv_z, p + r);
   take(ws.h, p + r);
   take(ws.dz, p + r);
-  take(ws.extra, p + r);
+  ws.extra = ws.inv_z;
   take(ws.tokens, e);
   take(ws.single_tokens, r);
   const size_t shared = used;

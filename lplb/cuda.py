@@ -1,0 +1,370 @@
+"""The stages on a CUDA device: memory and streams around `lplb._C.CudaPlanner`.
+
+Memory is torch's. Work goes to the caller's current stream; nothing here waits for the device. What goes wrong on the
+device is written to pinned host memory, and raised by whatever call finds it there.
+"""
+
+import os
+import threading
+from contextlib import AbstractContextManager
+from typing import ClassVar
+
+import torch
+
+from lplb import _C, devices, exchange
+from lplb.backend import Counted
+from lplb.exchange import EarlierFault, Exchange
+from lplb.placement import Placement
+from lplb.plan import SOLVERS, Plan, empty_plan
+
+_FAULTS_PER_PAGE = 128
+
+
+class Faults:
+    """What kernels report of wrong input: four int64 in pinned host memory.
+
+    The memory is never given back: a kernel may be on its way, or in a graph, when its planner goes.
+    """
+
+    _lock = threading.Lock()
+    _pages: ClassVar[list[torch.Tensor]] = []
+    _free: ClassVar[list[torch.Tensor]] = []  # rows of the pages
+
+    def __init__(self) -> None:
+        """Take four zeros of a page."""
+        with Faults._lock:
+            if not Faults._free:
+                page = torch.zeros(_FAULTS_PER_PAGE, 4, dtype=torch.int64, device="cpu", pin_memory=True)
+                Faults._free.extend(page)
+                Faults._pages.append(page)
+            row = Faults._free.pop()
+        self.address = row.data_ptr()
+        self._words: memoryview[int] = memoryview(row.numpy())  # type: ignore[arg-type, unused-ignore]
+        self._raised_outside = 0
+
+    @property
+    def indices_outside(self) -> int:
+        """Indices outside ``[-1, n_logical)``, as far as the device has got."""
+        return int(self._words[0])
+
+    def check(self, n_logical: int, strict: bool) -> None:
+        """Raise what the device reported since the last time; indices outside only where ``strict``."""
+        outside, differing, too_many, _ = self._words
+        if differing:
+            self._words[1] = 0
+            raise EarlierFault(
+                f"rank {differing - 1} refused its input, has another placement or other settings than this rank, or "
+                f"called another method, in an earlier call, whose results are all -1. Rank {differing - 1} says what "
+                "it was where it raised; allowed is the same placement, settings and method on every rank"
+            )
+        if too_many:
+            self._words[2] = 0
+            raise EarlierFault(
+                f"an expert had more than {2**31 - 1} tokens over all ranks in an earlier call, allowed are {2**31 - 1}"
+            )
+        if strict and outside > self._raised_outside:
+            new, self._raised_outside = outside - self._raised_outside, outside
+            raise EarlierFault(
+                f"idx had {new} indices in earlier calls that are not allowed and were mapped to -1; allowed is -1 "
+                f"(masked) or 0 to n_logical - 1 = {n_logical - 1}"
+            )
+
+
+class Backend:
+    """An `lplb.backend.Backend` for a CUDA device.
+
+    Args:
+        placement: where the experts are.
+        group_size: ranks that balance among themselves.
+        speed: how fast each rank is.
+        solver: of the plans that `solve_gathered` makes.
+        ranks: how ranks learn each other's counts.
+        fingerprint: of placement and settings, the same on every rank.
+        device: a CUDA device that `devices.check_backend` does not refuse.
+        before: the planner's backend of the placement before; its faults go on being reported.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        group_size: int,
+        speed: list[float],
+        solver: str,
+        ranks: Exchange,
+        fingerprint: tuple[int, int],
+        device: torch.device,
+        before: "Backend | None",
+    ) -> None:
+        """See the class."""
+        self._device = device
+        self.guard: AbstractContextManager[object] = torch.cuda.device(device)
+        self._strict = _strict()
+        properties = torch.cuda.get_device_properties(device)
+        self._sms = properties.multi_processor_count
+        self._planner = _C.CudaPlanner(
+            placement.phy2log.tolist(),
+            placement.n_logical,
+            placement.n_ranks,
+            group_size,
+            speed,
+            devices.linalg(),
+            devices.shared_bytes(device),
+            self._sms,
+        )
+        self.name = f"CUDA ({properties.name}, {self._planner.linalg})"
+        self._n_logical = placement.n_logical
+        self._n_groups = placement.n_ranks // group_size
+        self._ranks = ranks
+        self._alone = isinstance(ranks, exchange.Local)
+        self._solver = solver
+        self._fingerprint = fingerprint
+        with self.guard:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("a planner is made, and mapped anew, outside of CUDA graph capture; this is inside")
+            self._make_buffers(placement, before)
+
+    def _make_buffers(self, placement: Placement, before: "Backend | None") -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        n_logical, size = placement.n_logical, self._ranks.size
+        self._tables = torch.frombuffer(bytearray(self._planner.tables), dtype=torch.uint8).to(self._device)
+        self._scratch = zeros(self._planner.scratch_bytes, dtype=torch.uint8)
+        self._prefix = zeros(self._sms, n_logical)
+        # What this rank sends, with the words that say all is well: a row per method, as graphs may keep on sending it.
+        self._rows, self._words = {}, {}
+        for method in exchange.METHODS:
+            words = [method, *self._fingerprint]
+            row = torch.tensor([0] * n_logical + [0, *words], dtype=torch.int32, device=self._device)
+            self._rows[method], self._words[method] = row, words
+        self._table = zeros(size, n_logical + exchange.WORDS)
+        self._own_counts = zeros(n_logical)  # of count and assign by themselves
+        self.loads = zeros(n_logical, dtype=torch.int64)
+        self.plan = empty_plan((), placement.n_physical, placement.n_ranks, self._n_groups, self._solver, self._device)
+        self._plan_addresses = self.plan.addresses()
+        self._planned = False
+        self._faults: Faults = Faults() if before is None else before._faults
+        self._planner.bind(self._tables.data_ptr(), self._scratch.data_ptr(), self._faults.address)
+        self._last_stream = torch.cuda.current_stream(self._device)
+        self._streams = {self._last_stream.cuda_stream}
+
+    def _buffers(self) -> list[torch.Tensor]:
+        own = [self._tables, self._scratch, self._prefix, *self._rows.values(), self._table, self._own_counts]
+        return [*own, self.loads, *self.plan.tensors()]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes kept on the device."""
+        return sum(t.numel() * t.element_size() for t in self._buffers())
+
+    @property
+    def indices_outside(self) -> int:
+        """Indices outside ``[-1, n_logical)`` that were mapped to -1, as far as the device has got."""
+        return self._faults.indices_outside
+
+    def last_plan(self) -> Plan | None:
+        """A copy of the last plan, if there is one, made in the order of the current stream."""
+        self.check_earlier()
+        if not self._planned:
+            return None
+        self._stream()
+        return self.plan.copy()
+
+    def check_earlier(self) -> None:
+        """Raise what the device has reported of earlier calls.
+
+        Raises:
+            EarlierFault: once for each report.
+        """
+        self._faults.check(self._n_logical, self._strict)
+
+    def wait(self) -> None:
+        """Wait for the current stream, and raise what the device has reported."""
+        torch.cuda.current_stream(self._device).synchronize()
+        self.check_earlier()
+
+    def _stream(self) -> int:
+        """The caller's current stream, made to wait for the planner's last one if that is another.
+
+        During capture it waits for nothing: a graph does not depend on what is outside of it.
+        """
+        stream = torch.cuda.current_stream(self._device)
+        handle = stream.cuda_stream
+        if handle != self._last_stream.cuda_stream and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._last_stream)
+            self._last_stream = stream
+            if handle not in self._streams:  # freed only when this stream is done with them, too
+                self._streams.add(handle)
+                for tensor in self._buffers():
+                    tensor.record_stream(stream)
+        return handle
+
+    # ---- the stages, one after the other
+
+    def run(self, idx: torch.Tensor, counter: torch.Tensor | None, n_sms: int | None) -> torch.Tensor:
+        """All stages of a planner without a group, in one call."""
+        source = idx.contiguous()
+        physical = torch.empty(idx.shape, dtype=idx.dtype, device=self._device)
+        self._planner.run(
+            source.data_ptr(),
+            source.element_size(),
+            source.numel(),
+            self._blocks_at_most(n_sms),
+            self._rows[exchange.RUN].data_ptr(),
+            self.loads.data_ptr(),
+            SOLVERS[self._solver],
+            self._plan_addresses,
+            *_address_and_bytes(counter),
+            physical.data_ptr(),
+            self._stream(),
+        )
+        self._planned = True
+        return physical
+
+    def count_own(self, idx: torch.Tensor, n_sms: int | None) -> Counted:
+        """Count this rank's batch into its row of the table."""
+        return self._count(idx, n_sms, self._rows[exchange.RUN])
+
+    def put_own(self, counts: torch.Tensor) -> None:
+        """Take given counts for this rank's row."""
+        self._stream()
+        self._rows[exchange.SOLVE_PROBS][: self._n_logical] = counts
+
+    def gather(self, method: int, error: Exception | None) -> None:
+        """Exchange this rank's row or its error for the table of all ranks. Collective.
+
+        A rank with an error raises it after the collective. The others find it in the table, on the device: their
+        results are -1, and they raise at the next call after that. A rank that raises for such an earlier call takes
+        part in this one without tokens; nothing is wrong with it for the others.
+        """
+        self._gathered = method
+        if error is not None and isinstance(self._ranks, (exchange.Local, exchange.Known)):  # nobody else to tell
+            raise error
+        self._stream()
+        row = self._rows[method]
+        if error is not None:
+            row = row.clone()
+            row[: self._n_logical] = 0
+            row[self._n_logical] = 0 if isinstance(error, EarlierFault) else exchange.error_word(error)
+        self._ranks.gather(row, self._table)
+        if error is not None:
+            raise error
+
+    def solve_gathered(self, counter: torch.Tensor | None, log: torch.Tensor | None) -> None:
+        """Plan the sum of the gathered table into `plan`, and raise the counter by the groups solved."""
+        self._planner.solve_table(
+            self._table.data_ptr(),
+            self._table.stride(0),
+            self._ranks.size,
+            self._ranks.rank,
+            [] if self._alone else self._words[self._gathered],
+            self.loads.data_ptr(),
+            SOLVERS[self._solver],
+            self._plan_addresses,
+            *_address_and_bytes(counter),
+            0 if log is None else log.data_ptr(),
+            self._stream(),
+        )
+        self._planned = True
+
+    def assign_gathered(self, counted: Counted) -> torch.Tensor:
+        """Map the counted batch by the plan of the gathered loads."""
+        return self._assign(counted, self._ranks.rank, self.plan.quota)
+
+    # ---- each by itself
+
+    def count(self, idx: torch.Tensor, n_chunks: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts of a batch, and of its chunks up to and with each."""
+        source, stream = idx.contiguous(), self._stream()
+        n, bytes_each = source.numel(), source.element_size()
+        prefix = torch.empty(n_chunks, self._n_logical, dtype=torch.int32, device=self._device)
+        for first in range(0, n_chunks, self._sms):  # one launch has a block per multiprocessor at most
+            blocks = min(self._sms, n_chunks - first)
+            begin = min(first * length, n)
+            part = prefix[first : first + blocks]
+            self._planner.count(
+                source.data_ptr() + begin * bytes_each,
+                bytes_each,
+                min(n - begin, blocks * length),
+                blocks,
+                length,
+                part.data_ptr(),
+                self._own_counts.data_ptr(),
+                stream,
+            )
+            if first:
+                part += prefix[first - 1]
+        return prefix[-1].clone(), prefix
+
+    def solve(self, loads: torch.Tensor, plan: Plan, log: torch.Tensor | None) -> None:
+        """Plan one load or a batch of them into an empty plan, in one launch."""
+        n_loads = loads.numel() // self._n_logical
+        log_address = 0 if log is None else log.data_ptr()
+        if n_loads:
+            self._planner.solve(
+                loads.data_ptr(), n_loads, SOLVERS[plan.solver], plan.addresses(), log_address, self._stream()
+            )
+
+    def assign(self, idx: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """Map a batch by quotas of this rank alone."""
+        counted = self._count(idx, None, self._own_counts)
+        return self._assign(counted, 0, quota)
+
+    def new_log(self) -> torch.Tensor:
+        """Memory for the iterations of one load's solve, whose report waits for the device."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "verbose is True, which waits for the device to print; allowed in CUDA graph capture is verbose=False"
+            )
+        shape = self._n_groups, _C.max_iterations + 1, len(_C.log_fields)
+        return torch.zeros(shape, dtype=torch.float64, device=self._device)
+
+    # ---- addresses
+
+    def _blocks_at_most(self, n_sms: int | None) -> int:
+        return self._sms if n_sms is None else min(n_sms, self._sms)
+
+    def _count(self, idx: torch.Tensor, n_sms: int | None, row: torch.Tensor) -> Counted:
+        source = idx.contiguous()
+        physical = torch.empty(idx.shape, dtype=idx.dtype, device=self._device)
+        n = source.numel()
+        blocks, length = self._planner.blocks(n, self._blocks_at_most(n_sms))
+        self._planner.count(
+            source.data_ptr(),
+            source.element_size(),
+            n,
+            blocks,
+            length,
+            self._prefix.data_ptr(),
+            row.data_ptr(),
+            self._stream(),
+        )
+        return Counted(source, physical, blocks, length)
+
+    def _assign(self, counted: Counted, rank: int, quota: torch.Tensor) -> torch.Tensor:
+        source, physical, blocks, length = counted
+        self._planner.assign(
+            source.data_ptr(),
+            source.element_size(),
+            source.numel(),
+            blocks,
+            length,
+            self._prefix.data_ptr(),
+            rank,
+            quota.data_ptr(),
+            physical.data_ptr(),
+            self._stream(),
+        )
+        return physical
+
+
+def _address_and_bytes(counter: torch.Tensor | None) -> tuple[int, int]:
+    return (0, 0) if counter is None else (counter.data_ptr(), counter.element_size())
+
+
+def _strict() -> bool:
+    """Whether indices outside are errors: LPLB_CHECK in the environment."""
+    value = os.environ.get("LPLB_CHECK") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"LPLB_CHECK is {value!r}, allowed is 0 or 1")
+    return value == "1"
