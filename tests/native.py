@@ -44,11 +44,12 @@ def run(
 
 
 def build(folder: Path, target: str, sanitizer: str, *definitions: str) -> None:
-    """Configure the project in ``folder`` and build one target."""
+    """Configure the project in ``folder``, without CUDA unless ``definitions`` say so, and build one target."""
     cmake = tool("cmake")
     configure: list[str | Path] = [
         cmake, "-G", "Ninja", "-S", ROOT, "-B", folder,
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DLPLB_SANITIZE={sanitizer}", *definitions,
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DLPLB_SANITIZE={sanitizer}", "-DLPLB_CUDA=0",
+        *definitions,
     ]  # fmt: skip
     make: list[str | Path] = [cmake, "--build", folder, "--target", target]
     for command in (configure, make):
