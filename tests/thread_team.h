@@ -69,8 +69,8 @@ struct SeenMemory {
     __atomic_store_n(p, value, __ATOMIC_RELAXED);
   }
   template <class T>
-  void raise(T* p) {
-    __atomic_fetch_add(p, 1, __ATOMIC_RELAXED);
+  void add(T* p, T x) {
+    __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
   }
   template <class T>
   T fresh(const T* p) {

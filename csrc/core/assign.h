@@ -9,10 +9,10 @@ inline namespace LPLB_ISA {
 
 // Where the experts are: those with one slot, and the copies of the others, expert by expert, in slot order.
 struct Slots {
-  int n_logical, n_copied, n_copies;
-  const int32_t* to;            // [n_logical] the slot of an expert with one; else first_copy(its first copy)
-  const int32_t* copies_begin;  // [n_copied + 1]
-  const int32_t* copy_slot;     // [n_copies]
+  int n_logical, n_copies;
+  const int32_t* to;         // [n_logical] the slot of an expert with one; else first_copy(its first copy)
+  const int32_t* copy_slot;  // [n_copies]
+  const int32_t* copy_end;   // [n_copies] behind the last copy of the same expert
 
   LPLB_HD static constexpr int32_t first_copy(int32_t i) { return -2 - i; }
 };
@@ -20,14 +20,15 @@ struct Slots {
 // How one quota [n_physical] is shared out: shares [n_copies].
 template <class Team>
 LPLB_HD inline void find_shares(Team& team, const Slots& slots, const int32_t* quota, Proportion* shares) {
-  team.each(slots.n_copied, [&](int i) {
-    uint32_t tokens = 0;
-    for (int c = slots.copies_begin[i]; c < slots.copies_begin[i + 1]; ++c) tokens += quota[slots.copy_slot[c]];
-    for (int c = slots.copies_begin[i]; c < slots.copies_begin[i + 1]; ++c) {
-      const uint32_t own = quota[slots.copy_slot[c]];
-      shares[c] = Proportion::of(own, tokens);
-      tokens -= own;  // the last copy takes all that reach it
-    }
+  team.each(slots.n_copies, [&](int c) {
+    uint32_t own = 0, tokens = 0;  // the last copy takes all that reach it
+    in_order<8>(
+        c, slots.copy_end[c], [&](int k) { return static_cast<uint32_t>(quota[slots.copy_slot[k]]); },
+        [&](int k, uint32_t q) {
+          if (k == c) own = q;
+          tokens += q;
+        });
+    shares[c] = Proportion::of(own, tokens);
   });
 }
 
@@ -50,10 +51,15 @@ LPLB_HD inline void assign_block(Block& block, const Index* indices, Index* phys
   auto& warp = block.warp();
   int32_t* own = counters + block.warp_index() * slots.n_logical;
   const int32_t* before_warp = warp_prefix + block.warp_index() * slots.n_logical;
-  warp.each(slots.n_logical, [&](int e) {
-    own[e] = before_warp[e] + (before_block != nullptr ? before_block[e] : 0) +
-             (before_rank != nullptr ? before_rank[e] : 0);
-  });
+  const int rows = (slots.n_logical + kWarpSize - 1 - warp.rank()) / kWarpSize;  // of this member
+  in_order<8>(
+      0, rows,
+      [&](int row) {
+        const int e = row * kWarpSize + warp.rank();
+        return before_warp[e] + (before_block != nullptr ? before_block[e] : 0) +
+               (before_rank != nullptr ? before_rank[e] : 0);
+      },
+      [&](int row, int32_t before) { own[row * kWarpSize + warp.rank()] = before; });
   warp.sync();
   const Range range = cut.of_warp(c, block.warp_index(), block.n_warps());
   const uint32_t lower = (uint32_t{1} << warp.rank()) - 1;

@@ -78,10 +78,12 @@ LPLB_HD inline int count_block(Block& block, const Index* indices, Cut cut, int 
   block.sync();
   block.each(n_logical, [&](int e) {
     int32_t before = 0;
-    for (int w = 0; w < block.n_warps(); ++w) {
-      warp_prefix[w * n_logical + e] = before;
-      before += counters[w * n_logical + e];
-    }
+    in_order<8>(
+        0, block.n_warps(), [&](int w) { return counters[w * n_logical + e]; },
+        [&](int w, int32_t tokens) {
+          warp_prefix[w * n_logical + e] = before;
+          before += tokens;
+        });
     counts[e] = before;
   });
   return outside;
@@ -92,6 +94,7 @@ LPLB_HD inline int count_block(Block& block, const Index* indices, Cut cut, int 
 template <class Block>
 LPLB_HD inline void scan_blocks(Block& block, int n_blocks, int n_logical, int32_t* partial, int32_t* prefix,
                                 int32_t* row) {
+  constexpr int kAtOnce = 16;
   int parts = block.size() / n_logical;
   parts = parts < 1 ? 1 : parts > tokens::kMostParts ? tokens::kMostParts : parts;
   const int share = (n_blocks + parts - 1) / parts;
@@ -99,7 +102,9 @@ LPLB_HD inline void scan_blocks(Block& block, int n_blocks, int n_logical, int32
   block.each(parts * n_logical, [&](int i) {
     const int part = i / n_logical, e = i % n_logical;
     int32_t sum = 0;
-    for (int c = part * share; c < end_of(part); ++c) sum += block.fresh(prefix + c * n_logical + e);
+    in_order<kAtOnce>(
+        part * share, end_of(part), [&](int c) { return block.fresh(prefix + c * n_logical + e); },
+        [&](int, int32_t tokens) { sum += tokens; });
     partial[i] = sum;
   });
   block.sync();
@@ -107,10 +112,9 @@ LPLB_HD inline void scan_blocks(Block& block, int n_blocks, int n_logical, int32
     const int part = i / n_logical, e = i % n_logical;
     int32_t sum = 0;
     for (int k = 0; k < part; ++k) sum += partial[k * n_logical + e];
-    for (int c = part * share; c < end_of(part); ++c) {
-      sum += block.fresh(prefix + c * n_logical + e);
-      prefix[c * n_logical + e] = sum;
-    }
+    in_order<kAtOnce>(
+        part * share, end_of(part), [&](int c) { return block.fresh(prefix + c * n_logical + e); },
+        [&](int c, int32_t tokens) { prefix[c * n_logical + e] = sum += tokens; });
     if (part == parts - 1) row[e] = sum;
   });
   block.sync();

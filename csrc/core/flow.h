@@ -49,9 +49,15 @@ struct Flow {
   LPLB_HD void find_reach() {
     warp.each(g.n_ranks, [&](int r) {
       Set s = Set::none();
-      LPLB_LOOP
-      for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i)
-        if (y[g.rank_replica[i]] > slack) s = s | held_with(i);
+      struct Held {
+        bool gives;
+        Set ranks;
+      };
+      in_order<4>(
+          g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return Held{y[g.rank_replica[i]] > slack, held_with(i)}; },
+          [&](int, Held held) {
+            if (held.gives) s = s | held.ranks;
+          });
       s.write(reach + kWords * r);
     });
     warp.sync();

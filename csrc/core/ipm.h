@@ -52,10 +52,9 @@ LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x) {
   team.sync();
   team.each(g.n_ranks, [&](int r) {
     double load = x.a[r];
-    LPLB_LOOP
-    for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) {
-      load += x.y[g.rank_replica[i]];
-    }
+    in_order<4>(
+        g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return x.y[g.rank_replica[i]]; },
+        [&](int, double y) { load += y; });
     s[r] = load;
     u[r] = u0;
     x.dz[g.n_replicas + r] = 0.0;
@@ -76,11 +75,9 @@ LPLB_HD inline double lower_bound(Team& team, const AnyGroup& g, const Workspace
       team.few_sums(g.n_ranks, [&](int r) { return u[r] * x.a[r]; }, [&](int r) { return g.speed[r] * u[r]; });
   const auto experts = team.sums(g.n_experts, [&](int e) {
     double least = u[g.replica_rank[g.expert_begin[e]]];
-    LPLB_LOOP
-    for (int p = g.expert_begin[e] + 1; p < g.expert_begin[e + 1]; ++p) {
-      const double up = u[g.replica_rank[p]];
-      least = up < least ? up : least;
-    }
+    in_order<4>(
+        g.expert_begin[e] + 1, g.expert_begin[e + 1], [&](int p) { return u[g.replica_rank[p]]; },
+        [&](int, double up) { least = up < least ? up : least; });
     return x.w[e] * least;
   });
   return (ranks[0] + experts[0]) / ranks[1];
@@ -97,8 +94,8 @@ LPLB_HD inline void scale(Team& team, const AnyGroup& g, const Workspace& x) {
   team.sync();
   team.each(g.n_experts, [&](int e) {
     double sigma = 0.0;
-    LPLB_LOOP
-    for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) sigma += x.h[p];
+    in_order<4>(
+        g.expert_begin[e], g.expert_begin[e + 1], [&](int p) { return x.h[p]; }, [&](int, double h) { sigma += h; });
     x.inv_sigma[e] = sigma > 0.0 ? 1.0 / sigma : 0.0;
     x.q[e] = x.w[e] * x.inv_sigma[e];
   });
@@ -123,13 +120,21 @@ LPLB_HD inline void assemble(Team& team, const AnyGroup& g, const Workspace& x) 
       const int p = g.rank_replica[i], e = g.replica_expert[p];
       const double factor = x.h[p] * x.inv_sigma[e];
       double others = 0.0;
-      LPLB_LOOP
-      for (int q = g.expert_begin[e]; q < p; ++q) {  // slots ascend, and with them ranks: below the diagonal
-        others += x.h[q];
-        x.m[g.replica_rank[q] * n + r] -= factor * x.h[q];
-      }
-      LPLB_LOOP
-      for (int q = p + 1; q < g.expert_begin[e + 1]; ++q) others += x.h[q];
+      struct Entry {
+        double h, m;
+        int at;
+      };
+      in_order<4>(
+          g.expert_begin[e], p,  // slots ascend, and with them ranks: below the diagonal
+          [&](int q) {
+            const int at = g.replica_rank[q] * n + r;
+            return Entry{x.h[q], x.m[at], at};
+          },
+          [&](int, Entry other) {
+            others += other.h;
+            x.m[other.at] = other.m - factor * other.h;
+          });
+      in_order<4>(p + 1, g.expert_begin[e + 1], [&](int q) { return x.h[q]; }, [&](int, double h) { others += h; });
       diagonal += factor * others;
       b += x.h[p] * x.q[e];
     }
@@ -158,15 +163,20 @@ LPLB_HD inline void complete_step(Team& team, const AnyGroup& g, const Workspace
   team.each(g.n_experts, [&](int e) {
     const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
     double target = -x.w[e];
-    LPLB_LOOP
-    for (int p = begin; p < end; ++p) {
-      target -= x.h[p] * du[g.replica_rank[p]];
-      if (kCorrect) target += x.extra[p];
-    }
+    struct Term {
+      double product, extra;
+    };
+    in_order<4>(
+        begin, end, [&](int p) { return Term{x.h[p] * du[g.replica_rank[p]], kCorrect ? x.extra[p] : 0.0}; },
+        [&](int, Term term) {
+          target -= term.product;
+          if (kCorrect) target += term.extra;
+        });
     const double dm = target * x.inv_sigma[e];
     const bool on = x.w[e] > 0.0;
-    LPLB_LOOP
-    for (int p = begin; p < end; ++p) x.dz[p] = on ? du[g.replica_rank[p]] + dm : 0.0;
+    in_order<4>(
+        begin, end, [&](int p) { return du[g.replica_rank[p]]; },
+        [&](int p, double du_r) { x.dz[p] = on ? du_r + dm : 0.0; });
   });
   team.sync();
 }
@@ -189,8 +199,9 @@ LPLB_HD inline void correct(Team& team, const AnyGroup& g, const Workspace& x, d
   team.sync();
   team.each(g.n_experts, [&](int e) {
     double sum = 0.0;
-    LPLB_LOOP
-    for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) sum += x.extra[p];
+    in_order<4>(
+        g.expert_begin[e], g.expert_begin[e + 1], [&](int p) { return x.extra[p]; },
+        [&](int, double extra) { sum += extra; });
     x.q[e] = sum * x.inv_sigma[e];
   });
   team.sync();
@@ -200,11 +211,13 @@ LPLB_HD inline void correct(Team& team, const AnyGroup& g, const Workspace& x, d
       return;
     }
     double b = x.b[r] + x.extra[g.n_replicas + r];
-    LPLB_LOOP
-    for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) {
-      const int p = g.rank_replica[i];
-      b += x.extra[p] - x.h[p] * x.q[g.replica_expert[p]];
-    }
+    in_order<4>(
+        g.rank_begin[r], g.rank_begin[r + 1],
+        [&](int i) {
+          const int p = g.rank_replica[i];
+          return x.extra[p] - x.h[p] * x.q[g.replica_expert[p]];
+        },
+        [&](int, double term) { b += term; });
     x.rhs[g.n_padded + r] = b;
   });
   team.sync();

@@ -133,11 +133,12 @@ static LPLB_INLINE void backward(int n, const double* m, const double* inv_d, do
 }  // namespace solo
 #endif  // __CUDACC__
 
-// A team factors panels of eight columns. In every warp lanes 0 … 7 hold the rows of the block on the diagonal, so no
-// warp waits for another inside a panel, and the other 24 lanes hold rows below it.
+// A team factors panels of eight columns. Every member eliminates the block on the diagonal for itself, in registers,
+// so nobody waits for another inside a panel. In every warp lanes 0 … 7 hold the rows of that block, and the other 24
+// lanes hold rows below it.
 namespace panel {
 
-inline constexpr int kColumns = 8;
+inline constexpr int kColumns = 4;
 inline constexpr int kBelow = kWarpSize - kColumns;
 
 // One row of a panel in the registers of a lane: x its eight columns, y the right-hand sides.
@@ -164,36 +165,49 @@ struct Row {
     LPLB_UNROLL
     for (int r = 0; r < kRhs; ++r) b[r * n + i] = y[r];
   }
-
-  // Eliminates the panel's columns. inv: 1/D of the lane's own column, for lanes 0 … 7. False on every lane of every
-  // warp when a pivot is not positive.
-  template <class Warp>
-  LPLB_HD bool eliminate(Warp& warp, double& inv) {
-    const int lane = warp.rank();
-    bool positive = true;
-    LPLB_UNROLL
-    for (int k = 0; k < kColumns; ++k) {
-      const double d = warp.get(x[k], k);
-      positive = positive && d > 0.0;
-      const double inv_k = 1.0 / d;
-      double u[kColumns], z[kRhs];
-      LPLB_UNROLL
-      for (int c = k + 1; c < kColumns; ++c) u[c] = warp.get(x[k], c);
-      LPLB_UNROLL
-      for (int r = 0; r < kRhs; ++r) z[r] = warp.get(y[r], k);
-      if (lane == k) inv = inv_k;
-      if (lane > k) {
-        raw[k] = x[k];
-        x[k] *= inv_k;
-        LPLB_UNROLL
-        for (int c = k + 1; c < kColumns; ++c) x[c] -= x[k] * u[c];
-        LPLB_UNROLL
-        for (int r = 0; r < kRhs; ++r) y[r] -= x[k] * z[r];
-      }
-    }
-    return positive;
-  }
 };
+
+// Eliminates the panel's columns from a row, of which `columns` lie left of the diagonal. inv_own: 1/D of the column
+// number `columns`. False, for every row alike, when a pivot is not positive.
+template <int kRhs>
+LPLB_HD inline bool eliminate(int n, int j0, const double* m, const double* b, int columns, Row<kRhs>& row,
+                              double& inv_own) {
+  double block[kColumns][kColumns], z[kColumns][kRhs];  // block[c][k], k ≤ c: row c of the block on the diagonal
+  LPLB_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    LPLB_UNROLL
+    for (int k = 0; k <= c; ++k) block[c][k] = m[(j0 + k) * n + j0 + c];
+    LPLB_UNROLL
+    for (int r = 0; r < kRhs; ++r) z[c][r] = b[r * n + j0 + c];
+  }
+  bool positive = true;
+  LPLB_UNROLL
+  for (int k = 0; k < kColumns; ++k) {
+    positive = positive && block[k][k] > 0.0;
+    const double inv = 1.0 / block[k][k];
+    double u[kColumns];
+    LPLB_UNROLL
+    for (int c = k + 1; c < kColumns; ++c) u[c] = block[c][k];
+    LPLB_UNROLL
+    for (int c = k + 1; c < kColumns; ++c) {
+      const double l = u[c] * inv;
+      LPLB_UNROLL
+      for (int j = k + 1; j <= c; ++j) block[c][j] -= l * u[j];
+      LPLB_UNROLL
+      for (int r = 0; r < kRhs; ++r) z[c][r] -= l * z[k][r];
+    }
+    if (columns == k) inv_own = inv;
+    if (columns > k) {
+      row.raw[k] = row.x[k];
+      row.x[k] *= inv;
+      LPLB_UNROLL
+      for (int c = k + 1; c < kColumns; ++c) row.x[c] -= row.x[k] * u[c];
+      LPLB_UNROLL
+      for (int r = 0; r < kRhs; ++r) row.y[r] -= row.x[k] * z[k][r];
+    }
+  }
+  return positive;
+}
 
 // Rows [i0, i0 + 32) of the columns [c0, c0 + 8): subtracts what the panel at j0 contributes.
 template <class Warp>
@@ -225,22 +239,22 @@ LPLB_HD inline void update_trailing(Team& team, int n, int j0, double* m) {
 
 template <int kRhs, class Team>
 LPLB_HD inline bool factor_and_forward(Team& team, int n, double* m, double* inv_d, double* b) {
-  auto& warp = team.warp();
-  const int lane = warp.rank();
+  const int lane = team.warp().rank();
   LPLB_LOOP
   for (int j0 = 0; j0 < n; j0 += kColumns) {
     Row<kRhs> row;
     double inv = 0.0;
+    const int columns = lane < kColumns ? lane : kColumns;
     int start = j0 + kColumns + kBelow * team.warp_index();
     do {
       row.load(n, j0, lane < kColumns ? j0 + lane : start + lane - kColumns, m, b);
-      if (!row.eliminate(warp, inv)) return false;
-      if (lane >= kColumns && row.i < n) row.store(n, j0, kColumns, m, b);
+      if (!eliminate(n, j0, m, b, columns, row, inv)) return false;
+      if (lane >= kColumns && row.i < n) row.store(n, j0, columns, m, b);
       start += kBelow * team.n_warps();
     } while (start < n);
     team.sync();  // every warp has read the block on the diagonal
     if (team.warp_index() == 0 && lane < kColumns) {
-      row.store(n, j0, lane, m, b);
+      row.store(n, j0, columns, m, b);
       inv_d[j0 + lane] = inv;
     }
     update_trailing(team, n, j0, m);
@@ -279,7 +293,7 @@ LPLB_HD inline void forward(Warp& warp, int n, const double* m, double* b) {
   LPLB_UNROLL
   for (int t = 0; t < kPerLane; ++t) {
     const int end = n - kWarpSize * t < kWarpSize ? n - kWarpSize * t : kWarpSize;
-    LPLB_LOOP
+    LPLB_UNROLL_8
     for (int l = 0; l < end; ++l) {
       const int k = kWarpSize * t + l;
       double z[kRhs];
@@ -312,7 +326,7 @@ LPLB_HD inline void backward(Warp& warp, int n, const double* m, const double* i
   LPLB_UNROLL
   for (int t = kPerLane - 1; t >= 0; --t) {
     const int end = n - kWarpSize * t < kWarpSize ? n - kWarpSize * t : kWarpSize;
-    LPLB_LOOP
+    LPLB_UNROLL_8
     for (int l = end - 1; l >= 0; --l) {
       const int k = kWarpSize * t + l;
       const double inv = inv_d[k];

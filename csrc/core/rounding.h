@@ -61,20 +61,21 @@ template <class Team, class AnyGroup>
 LPLB_HD inline void round_down(Team& team, const AnyGroup& g, const Workspace& x, double mean) {
   team.each(g.n_experts, [&](int e) {
     int64_t left = x.tokens[e];
-    LPLB_LOOP
-    for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) {
-      int64_t q = static_cast<int64_t>(x.y[p] * mean);
-      if (q > left) q = left;
-      x.quota[p] = q;
-      left -= q;
-    }
+    in_order<4>(
+        g.expert_begin[e], g.expert_begin[e + 1], [&](int p) { return static_cast<int64_t>(x.y[p] * mean); },
+        [&](int p, int64_t q) {
+          if (q > left) q = left;
+          x.quota[p] = q;
+          left -= q;
+        });
     x.tokens[e] = left;
   });
   team.sync();
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = x.single_tokens[r];
-    LPLB_LOOP
-    for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) tokens += x.quota[g.rank_replica[i]];
+    in_order<4>(
+        g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return x.quota[g.rank_replica[i]]; },
+        [&](int, int64_t quota) { tokens += quota; });
     x.rank_tokens[r] = tokens;
   });
   team.sync();
@@ -83,30 +84,33 @@ LPLB_HD inline void round_down(Team& team, const AnyGroup& g, const Workspace& x
 // What is left of an expert goes to its lightest rank, the first of equals, as the ranks were before its batch.
 template <class Warp, class AnyGroup>
 LPLB_HD inline void place_left(Warp& warp, const AnyGroup& g, const Workspace& x) {
+  constexpr int kPerMember = Warp::kSolo ? kBatch : 1;
+  LPLB_LOOP
   for (int first = 0; first < g.n_experts; first += kBatch) {
-    const int end = first + kBatch < g.n_experts ? first + kBatch : g.n_experts;
-    int32_t chosen[Warp::kSolo ? kBatch : 1] = {};  // a warp has one expert per member
-    for (int k = warp.rank(), mine = 0; first + k < end; k += warp.size(), ++mine) {
-      const int e = first + k;
-      int lightest = g.expert_begin[e];
-      if (x.tokens[e] > 0)
-        for (int p = lightest + 1; p < g.expert_begin[e + 1]; ++p) {
-          const int a = g.replica_rank[p], b = g.replica_rank[lightest];
-          const bool lighter = g.unit_speed ? x.rank_tokens[a] < x.rank_tokens[b]
-                                            : static_cast<double>(x.rank_tokens[a]) * g.inv_speed[a] <
-                                                  static_cast<double>(x.rank_tokens[b]) * g.inv_speed[b];
-          if (lighter) lightest = p;
-        }
-      chosen[Warp::kSolo ? mine : 0] = lightest;
+    int chosen[kPerMember];
+    LPLB_UNROLL
+    for (int i = 0; i < kPerMember; ++i) {
+      const int e = first + i * warp.size() + warp.rank();
+      chosen[i] = -1;
+      if (e >= g.n_experts || e >= first + kBatch || x.tokens[e] == 0) continue;
+      double least = 0.0;
+      in_order<4>(
+          g.expert_begin[e], g.expert_begin[e + 1],
+          [&](int p) {
+            const int r = g.replica_rank[p];
+            return static_cast<double>(x.rank_tokens[r]) * g.inv_speed[r];
+          },
+          [&](int p, double level) {
+            if (chosen[i] < 0 || level < least) chosen[i] = p, least = level;
+          });
     }
     warp.sync();
-    for (int k = 0; first + k < end; ++k) {
-      const int p = warp.get(chosen[Warp::kSolo ? k : 0], k);
-      if (warp.rank() == 0) {
-        const int64_t left = x.tokens[first + k];
-        x.quota[p] += left;
-        x.rank_tokens[g.replica_rank[p]] += left;
-      }
+    LPLB_UNROLL
+    for (int i = 0; i < kPerMember; ++i) {
+      if (chosen[i] < 0) continue;
+      const int64_t left = x.tokens[g.replica_expert[chosen[i]]];
+      x.quota[chosen[i]] += left;
+      warp.add(x.rank_tokens + g.replica_rank[chosen[i]], left);
     }
     warp.sync();
   }

@@ -22,7 +22,9 @@ LPLB_HD inline double gather(Team& team, const AnyGroup& g, const Workspace& x, 
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = 0;
     LPLB_LOOP
-    for (int i = g.single_begin[r]; i < g.single_begin[r + 1]; ++i) tokens += loads[g.single_logical[i]];
+    in_order<8>(
+        g.single_begin[r], g.single_begin[r + 1], [&](int i) { return loads[g.single_logical[i]]; },
+        [&](int, int64_t load) { tokens += load; });
     x.single_tokens[r] = tokens;
   });
   team.each(g.n_experts, [&](int e) { x.tokens[e] = loads[g.expert_logical[e]]; });

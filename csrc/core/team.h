@@ -13,6 +13,7 @@
 // and a warp, which is a team as well, also
 //
 //     get(value, member)      the value that another member passed
+//     add(p, x)               *p += x, when several members may do so at once
 //     across(value, step)     that of the member whose number differs in the bit `step`
 //     ballot(bit)             the members' bits
 //     largest(x), unite(x)    maximum and union of the members' words
@@ -52,15 +53,37 @@
 #ifdef __CUDA_ARCH__
 #define LPLB_UNROLL _Pragma("unroll")
 #define LPLB_UNROLL_16 _Pragma("unroll 16")
+#define LPLB_UNROLL_8 _Pragma("unroll 8")
 #define LPLB_LOOP _Pragma("unroll 1")
 #else
 #define LPLB_UNROLL
 #define LPLB_UNROLL_16
+#define LPLB_UNROLL_8
 #define LPLB_LOOP
 #endif
 
 namespace lplb {
 inline namespace LPLB_ISA {
+
+// use(i, load(i)) for i in [begin, end), in order. On a GPU several loads are under way before the first is used, so
+// load must not depend on use.
+template <int kAtOnce, class Load, class Use>
+LPLB_HD inline void in_order(int begin, int end, Load load, Use use) {
+#ifdef __CUDA_ARCH__
+  LPLB_LOOP
+  for (int first = begin; first < end; first += kAtOnce) {
+    decltype(load(begin)) value[kAtOnce];
+    LPLB_UNROLL
+    for (int k = 0; k < kAtOnce; ++k)
+      if (first + k < end) value[k] = load(first + k);
+    LPLB_UNROLL
+    for (int k = 0; k < kAtOnce; ++k)
+      if (first + k < end) use(first + k, value[k]);
+  }
+#else
+  for (int i = begin; i < end; ++i) use(i, load(i));
+#endif
+}
 
 // What sums and maxima return.
 template <int kCount>
@@ -204,6 +227,10 @@ struct Solo {
   template <class T>
   static T across(T value, int) {
     return value;
+  }
+  template <class T>
+  static void add(T* p, T x) {
+    *p += x;
   }
   static uint32_t ballot(bool bit) { return bit; }
   static uint32_t largest(uint32_t x) { return x; }

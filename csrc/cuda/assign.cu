@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kTokenWarps* kWarpSize, 1) assign_kernel(const
   auto* copy_slot = reinterpret_cast<int32_t*>(shares + a.slots.n_copies);
   auto* to = copy_slot + a.slots.n_copies;
   Slots slots = a.slots;
-  block.each(slots.n_copies, [&](int i) { copy_slot[i] = a.slots.copy_slot[i]; });
+  block.each(slots.n_copies, [&](int c) { copy_slot[c] = a.slots.copy_slot[c]; });
   block.each(slots.n_logical, [&](int e) { to[e] = a.slots.to[e]; });
   find_shares(block, a.slots, a.quota, shares);
   slots.copy_slot = copy_slot;

@@ -124,9 +124,9 @@ LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArgument
   a.status[block] = static_cast<int32_t>(result.status);
   if (a.table.counter == nullptr || !usable || result.status != Status::solved) return;
   if (a.table.counter_bytes == 8)
-    team.raise(static_cast<unsigned long long*>(a.table.counter));
+    team.add(static_cast<unsigned long long*>(a.table.counter), 1ull);
   else
-    team.raise(static_cast<unsigned int*>(a.table.counter));
+    team.add(static_cast<unsigned int*>(a.table.counter), 1u);
 }
 
 // Bytes of `memory` for any of these groups.

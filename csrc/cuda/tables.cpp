@@ -86,7 +86,7 @@ Tables make_tables(const GroupTables& groups, const std::vector<int32_t>& phy2lo
 
   std::vector<std::vector<int32_t>> slots_of(n_logical);
   for (size_t p = 0; p < phy2log.size(); ++p) slots_of[phy2log[p]].push_back(static_cast<int32_t>(p));
-  std::vector<int32_t> to, copies_begin{0}, copy_slot;
+  std::vector<int32_t> to, copy_slot, copy_end;
   for (const std::vector<int32_t>& slots : slots_of) {
     if (slots.size() == 1) {
       to.push_back(slots[0]);
@@ -94,13 +94,12 @@ Tables make_tables(const GroupTables& groups, const std::vector<int32_t>& phy2lo
     }
     to.push_back(Slots::first_copy(static_cast<int32_t>(copy_slot.size())));
     copy_slot.insert(copy_slot.end(), slots.begin(), slots.end());
-    copies_begin.push_back(static_cast<int32_t>(copy_slot.size()));
+    copy_end.resize(copy_slot.size(), static_cast<int32_t>(copy_slot.size()));
   }
-  t.slots.n_copied = static_cast<int>(copies_begin.size()) - 1;
   t.slots.n_copies = static_cast<int>(copy_slot.size());
   t.slots.to = image.add<int32_t>(to.data(), to.size());
-  t.slots.copies_begin = image.add<int32_t>(copies_begin.data(), copies_begin.size());
   t.slots.copy_slot = image.add<int32_t>(copy_slot.data(), copy_slot.size());
+  t.slots.copy_end = image.add<int32_t>(copy_end.data(), copy_end.size());
   return t;
 }
 

@@ -55,12 +55,12 @@ LPLB_HD inline int n_set_words(const DeviceGroup& d) { return set_words(d.n_rank
 
 // Where the image has the Slots of assign.h.
 struct SlotTables {
-  int n_copied, n_copies;
-  size_t to, copies_begin, copy_slot;
+  int n_copies;
+  size_t to, copy_slot, copy_end;
 
   Slots at(const std::byte* image, int n_logical) const {
     const auto words = [&](size_t offset) { return reinterpret_cast<const int32_t*>(image + offset); };
-    return {n_logical, n_copied, n_copies, words(to), words(copies_begin), words(copy_slot)};
+    return {n_logical, n_copies, words(to), words(copy_slot), words(copy_end)};
   }
 };
 

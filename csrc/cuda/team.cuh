@@ -12,9 +12,10 @@ struct Memory {
   __device__ void note(T* p, long long value) const {
     *static_cast<volatile T*>(p) = static_cast<T>(value);
   }
-  template <class T>
-  __device__ void raise(T* p) const {
-    atomicAdd(p, T{1});
+  __device__ void add(unsigned int* p, unsigned int x) const { atomicAdd(p, x); }
+  __device__ void add(unsigned long long* p, unsigned long long x) const { atomicAdd(p, x); }
+  __device__ void add(int64_t* p, int64_t x) const {
+    atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
   }
   // What another block of this launch wrote.
   template <class T>
