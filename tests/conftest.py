@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -12,3 +13,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("lplb")
+
+
+@pytest.fixture(scope="session")
+def highs() -> None:
+    """For tests that solve with HiGHS."""
+    pytest.importorskip("highspy", reason="needs highspy, which is not installed")

@@ -179,7 +179,8 @@ template <class Index>
 Blocks<Index> on_blocks(const Batch& b, Solver solver, int size, Wrong wrong) {
   Blocks<Index> out{Results<Index>(b)};
   Results<Index>& r = out.results;
-  const GroupTables groups(b.phy2log, b.n_logical, b.n_ranks, b.group_size, b.speed, BuiltinAlgebra<kMaxGroup>::width);
+  const GroupTables groups(b.phy2log, b.n_logical, b.n_ranks, b.group_size, b.speed,
+                           BuiltinAlgebra<kMaxGroup>::width(b.group_size));
   const cuda::Tables tables = cuda::make_tables(groups, b.phy2log, b.n_logical);
   std::vector<std::byte> memory(cuda::solve_block_bytes(tables.groups) + 16);
   std::byte* aligned = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16;

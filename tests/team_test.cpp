@@ -159,7 +159,7 @@ Problem random_problem(Random& random, int group_size, LoadKind kind) {
   if (decimals > 0.0)
     for (double& v : p.speed) v = std::pow(10.0, draw(random, -decimals, decimals));
   p.groups = std::make_unique<GroupTables>(p.phy2log, p.n_logical, p.n_ranks, group_size, p.speed,
-                                           BuiltinAlgebra<kMaxGroup>::width);
+                                           BuiltinAlgebra<kMaxGroup>::width(group_size));
   std::ostringstream name;
   name << n_groups << " x " << group_size << " ranks, " << n_experts << " experts in " << most << " slots, load "
        << kLoadNames[kind] << ", speeds 1e±" << decimals;

@@ -117,6 +117,7 @@ def run_batches(rank, size, shapes):
     ("size", "shapes"),
     [(2, [(40, 3), (0, 3)]), (2, [(0,), (0,)]), (4, [(30, 2), (0, 2), (), (5, 4, 3)])],
 )
+@pytest.mark.usefixtures("highs")
 def test_run_over_processes(size, shapes, tmp_path):
     results = on_ranks(size, tmp_path, run_batches, size, shapes)
     assert len(results[0]) == 9
@@ -164,6 +165,7 @@ def readme_example(rank):
     return indices, redirected_indices, avail_counter.item(), planner.phy2log, planner.last_plan.quota
 
 
+@pytest.mark.usefixtures("highs")
 def test_readme_example_of_lplb(tmp_path):
     indices, redirected, counters, phy2log, quota = zip(*on_ranks(8, tmp_path, readme_example), strict=True)
     assert counters == (1,) * 8

@@ -111,6 +111,7 @@ def torch_threads(n):
 # LPLB's README, names and attributes
 
 
+@pytest.mark.usefixtures("highs")
 def test_readme_example_of_lplb():
     # All 8 ranks in one process, one after the other; test_distributed.py has it in a group of 8 processes.
     n_logical_experts, n_redundants_per_rank, ep_size = 64, 2, 8
@@ -321,6 +322,7 @@ def test_count_workload_of_masked_and_empty(shape):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("reordered", [False, True])
+@pytest.mark.usefixtures("highs")
 def test_solve_probs(layout, solver, reordered):
     planner = layout.planner(solver=solver)
     rng = np.random.default_rng(5)
@@ -424,6 +426,7 @@ def test_weighted_select_target(layout, kind, n_sms, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.usefixtures("highs")
 def test_run_token_by_token(layout, solver, dtype):
     planner = layout.planner(solver=solver)
     for seed, shape in enumerate([(), (1,), (37,), (50, 6), (5, 4, 3)]):
@@ -491,6 +494,7 @@ def check_all_ranks(make, batches, phy2log, n_logical):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.usefixtures("highs")
 def test_run_of_every_rank(layout, solver):
     shapes = [(17, 4), (0, 4), (60,), (2, 5, 3)]
     batches = [batch(rank, shapes[rank % 4], layout.n_logical) for rank in range(layout.n_ranks)]
@@ -620,6 +624,7 @@ def at(plan, i):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.usefixtures("highs")
 def test_solve_a_batch(layout, solver):
     rng = np.random.default_rng(7)
     loads = np.stack([draw(rng, layout.n_logical) for draw in cases.LOADS.values()])

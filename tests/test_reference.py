@@ -53,6 +53,7 @@ def instances() -> list[Instance]:
 
 @QUICK
 @given(st.data(), placements(max_ranks=16, max_group_size=8))
+@pytest.mark.usefixtures("highs")
 def test_cuts_subsets_and_highs_agree(data: st.DataObject, placement: DrawnPlacement) -> None:
     loads = data.draw(loads_for(placement))
     speed = data.draw(speeds(placement.n_ranks))
@@ -97,6 +98,7 @@ def _carries(tokens: list[tuple[tuple[int, ...], int]], capacities: tuple[int, .
     return True
 
 
+@pytest.mark.usefixtures("highs")
 def test_highs_agrees_with_cuts_on_the_design_instances(instances: list[Instance]) -> None:
     for instance in instances[::31]:
         shape = instance.phy2log, instance.n_ranks, instance.group_size
@@ -107,6 +109,7 @@ def test_highs_agrees_with_cuts_on_the_design_instances(instances: list[Instance
         )
 
 
+@pytest.mark.usefixtures("highs")
 def test_a_solver_is_not_coloured_by_the_workload_before() -> None:
     phy2log = lplb_placement(cube(), 8)
     solver = ReferenceLP(phy2log, 8)

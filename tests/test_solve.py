@@ -122,6 +122,7 @@ def test_design_instances(instances: list[Instance], chunk: int) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.usefixtures("highs")
 def test_highs_agrees(instances: list[Instance], solver: str) -> None:
     for instance in instances[::HIGHS_EVERY]:
         shape = instance.phy2log, instance.n_ranks, instance.group_size

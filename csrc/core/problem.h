@@ -132,9 +132,9 @@ size_t solve_bytes(const AnyGroup& g) {
 // A placement cut into groups, with the memory behind every Group. The caller has checked the placement.
 class GroupTables {
  public:
-  // width(group_size): how wide the matrix is that the algebra in use wants.
+  // width: of the matrix, as the algebra in use wants it for this group size.
   GroupTables(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
-              const std::vector<double>& speed, int (*width)(int));
+              const std::vector<double>& speed, int width);
   int size() const { return static_cast<int>(groups_.size()); }
   const Group& operator[](int i) const { return groups_[i]; }
 
@@ -150,7 +150,7 @@ class GroupTables {
 };
 
 inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
-                                const std::vector<double>& speed, int (*width)(int)) {
+                                const std::vector<double>& speed, int width) {
   const int words = set_words(group_size);
   const int slots = static_cast<int>(phy2log.size()) / n_ranks;
   const int n_groups = n_ranks / group_size;
@@ -214,7 +214,7 @@ inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logic
 
     Group& v = groups_[g];
     v.n_ranks = group_size;
-    v.n_padded = width(group_size);
+    v.n_padded = width;
     v.n_experts = static_cast<int>(t.expert_logical.size());
     v.n_replicas = static_cast<int>(t.replica_slot.size());
     v.n_singles = static_cast<int>(t.single_logical.size());

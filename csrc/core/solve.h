@@ -21,7 +21,6 @@ template <class Team, class AnyGroup>
 LPLB_HD inline double gather(Team& team, const AnyGroup& g, const Workspace& x, const int64_t* loads) {
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = 0;
-    LPLB_LOOP
     in_order<8>(
         g.single_begin[r], g.single_begin[r + 1], [&](int i) { return loads[g.single_logical[i]]; },
         [&](int, int64_t load) { tokens += load; });

@@ -30,7 +30,7 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
       n_physical_(static_cast<int>(phy2log.size())),
       n_ranks_(n_ranks),
       max_threads_(max_threads),
-      groups_(phy2log, n_logical, n_ranks, group_size, speed, BuiltinAlgebra<kMaxGroup>::width),
+      groups_(phy2log, n_logical, n_ranks, group_size, speed, BuiltinAlgebra<kMaxGroup>::width(group_size)),
       isa_(best_instruction_set()) {
   for (const int32_t e : phy2log) ++log2phy_begin_[e + 1];
   for (int e = 0; e < n_logical; ++e) log2phy_begin_[e + 1] += log2phy_begin_[e];

@@ -40,9 +40,8 @@ size_t assign_shared(int n_logical, int n_copies, int warps) {
 }
 
 void allow_assign_shared(size_t bytes) {
-  const int most = static_cast<int>(bytes);
-  LPLB_CUDA_CHECK(cudaFuncSetAttribute(assign_kernel<int32_t>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-  LPLB_CUDA_CHECK(cudaFuncSetAttribute(assign_kernel<int64_t>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  allow_shared(assign_kernel<int32_t>, bytes);
+  allow_shared(assign_kernel<int64_t>, bytes);
 }
 
 void launch_assign(const AssignArguments& a, int index_bytes, int blocks, int warps, cudaStream_t stream) {

@@ -18,3 +18,17 @@ inline void check(cudaError_t error, const char* what, const char* file, int lin
 }  // namespace lplb::cuda
 
 #define LPLB_CUDA_CHECK(call) ::lplb::cuda::check(call, #call, __FILE__, __LINE__)
+
+namespace lplb::cuda {
+
+// Lets blocks of `kernel` have this much dynamic shared memory on the current device. The limit belongs to all planners
+// of the process, so it is only ever raised.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+  cudaFuncAttributes now;
+  LPLB_CUDA_CHECK(cudaFuncGetAttributes(&now, kernel));
+  if (now.maxDynamicSharedSizeBytes < static_cast<int>(bytes))
+    LPLB_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+}  // namespace lplb::cuda

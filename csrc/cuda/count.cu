@@ -38,9 +38,8 @@ size_t count_shared(int n_logical, int warps) {
 }
 
 void allow_count_shared(size_t bytes) {
-  const int most = static_cast<int>(bytes);
-  LPLB_CUDA_CHECK(cudaFuncSetAttribute(count_kernel<int32_t>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-  LPLB_CUDA_CHECK(cudaFuncSetAttribute(count_kernel<int64_t>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  allow_shared(count_kernel<int32_t>, bytes);
+  allow_shared(count_kernel<int64_t>, bytes);
 }
 
 void launch_count(const CountArguments& a, int index_bytes, int blocks, int warps, cudaStream_t stream) {

@@ -23,14 +23,6 @@ SolveKernel kernel_for(const std::string& algebra, int n_ranks) {
   return builtin_kernel(n_ranks);
 }
 
-Tables tables_for(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
-                  const std::vector<double>& speed, int width) {
-  static thread_local int matrix_width;  // a plain function cannot carry it
-  matrix_width = width;
-  return make_tables(GroupTables(phy2log, n_logical, n_ranks, group_size, speed, [](int) { return matrix_width; }),
-                     phy2log, n_logical);
-}
-
 void check_fits(const std::string& what, size_t needed, int64_t allowed) {
   if (static_cast<int64_t>(needed) > allowed)
     throw std::invalid_argument(what + " needs " + std::to_string(needed) +
@@ -48,13 +40,15 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
       sms_(sms),
       warps_(kTokenWarps),
       kernel_(kernel_for(algebra, group_size)),
-      tables_(tables_for(phy2log, n_logical, n_ranks, group_size, speed, kernel_.width)),
+      tables_(
+          make_tables(GroupTables(phy2log, n_logical, n_ranks, group_size, speed, kernel_.width), phy2log, n_logical)),
       solve_shared_(solve_shared(tables_.groups, kernel_.threads)) {
   check_fits("a group of " + std::to_string(group_size) + " ranks and " +
                  std::to_string(n_physical_ / (n_ranks / group_size)) + " physical experts (" + kernel_.algebra + ")",
              solve_shared_, shared_bytes);
+  constexpr size_t kStatic = 64;  // of count, beside its dynamic memory
   const auto token_bytes = [&](int warps) {
-    return std::max(count_shared(n_logical, warps), assign_shared(n_logical, tables_.slots.n_copies, warps));
+    return kStatic + std::max(count_shared(n_logical, warps), assign_shared(n_logical, tables_.slots.n_copies, warps));
   };
   while (warps_ > 1 && static_cast<int64_t>(token_bytes(warps_)) > shared_bytes) warps_ /= 2;
   check_fits("mapping tokens of " + std::to_string(n_logical) + " logical experts with " +

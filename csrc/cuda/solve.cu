@@ -15,14 +15,15 @@ size_t solve_shared(const std::vector<DeviceGroup>& groups, int threads) {
   return sizeof(double) * sum_buffer(threads) + solve_block_bytes(groups);
 }
 
-void allow_solve_shared(const SolveKernel& kernel, size_t bytes) {
-  LPLB_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-}
+void allow_solve_shared(const SolveKernel& kernel, size_t bytes) { allow_shared(kernel.kernel, bytes); }
 
 void launch_solve(const SolveKernel& kernel, const SolveArguments& a, int64_t batch, size_t shared,
                   cudaStream_t stream) {
-  kernel.kernel<<<static_cast<unsigned int>(batch * a.n_groups), kernel.threads, shared, stream>>>(a);
+  const int64_t blocks = batch * a.n_groups;
+  if (blocks > INT32_MAX)
+    throw std::invalid_argument("a batch of " + std::to_string(batch) + " loads of " + std::to_string(a.n_groups) +
+                                " groups, allowed are " + std::to_string(INT32_MAX) + " groups per launch");
+  kernel.kernel<<<static_cast<unsigned int>(blocks), kernel.threads, shared, stream>>>(a);
   LPLB_CUDA_CHECK(cudaGetLastError());
 }
 
