@@ -1,12 +1,16 @@
-# make demo | test | bench | lint | format | clean.  Needs Python >= 3.10, a C++17 compiler and make; the rest comes from pip.
+# make demo | test | bench | gpu | lint | format | clean.  Needs Python >= 3.10, a C++17 compiler and make; the rest comes from pip.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
-CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+# With nvcc of CUDA 13 the extension has cuSolverDx as well: the wheels of pyproject's extra mathdx, NVRTC as nvcc.
+NVCC    := $(if $(CUDA_HOME),$(CUDA_HOME)/bin/)nvcc
+CUDA_13 := $(shell $(NVCC) --version 2>/dev/null | sed -n 's/.*release \(13\.[0-9]*\),.*/\1/p')
+MATHDX  := $(if $(CUDA_13),$(if $(filter 0,$(LPLB_CUDA) $(LPLB_MATHDX)),,$(VENV)/mathdx))
+CXX_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu lint format clean
 
 demo: $(READY)
 	$(BIN)/lplb demo
@@ -16,6 +20,9 @@ test: $(READY)
 
 bench: $(READY)  # --write keeps the figures; then benchmarks/readme_table.py puts them into the README
 	$(BIN)/python benchmarks/bench_cpu.py
+
+gpu:  # on a machine with a GPU; settings and use without network are described in the script
+	PYTHON="$(PYTHON)" benchmarks/gpu.sh
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,6 +44,10 @@ $(VENV)/torch:
 	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77.0.3" "cmake>=3.24" ninja pybind11 "$(TORCH)"
 	touch $@
 
-$(READY): $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+$(VENV)/mathdx: $(VENV)/torch
+	$(BIN)/pip install -q --disable-pip-version-check nvidia-libmathdx-cu13==0.4.1.15 "nvidia-cuda-nvrtc==$(CUDA_13).*"
+	touch $@
+
+$(READY): $(VENV)/torch $(MATHDX) pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc -type f)
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --editable ".[demo,test,lint]"
 	touch $@

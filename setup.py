@@ -25,10 +25,12 @@ class CMakeBuild(build_ext):
     """Builds lplb._C with CMake and Ninja, where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Configure, build and install the one extension."""
+        """Configure, build and install the one extension. What CMake reads of the environment is in cmake/*.cmake."""
         source = Path(__file__).resolve().parent
         prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parent.parent
-        build = Path(self.build_temp).resolve() / "cmake"
+        # setuptools gives an editable build a new temporary folder each time; CUDA is worth compiling once.
+        kept = source / "build" / f"editable-{sys.implementation.cache_tag}"
+        build = kept if self.editable_mode else Path(self.build_temp).resolve() / "cmake"
         configure = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

@@ -24,7 +24,7 @@ PTX = "compute_90"
 MATHDX_TARGETS = {"sm_80", "sm_90", "sm_100"}
 # The only stack frames allowed are the library's own, in bytes, by ranks of the block: cuSolverDx keeps part of a
 # matrix in registers that it indexes.
-LIBRARY_STACK = {8: 16, 128: 1216}
+LIBRARY_STACK = {8: 16}
 TOOLS = ("as", "ld", "ar", "ranlib", "nm", "uname", "sh")  # what a C++ compiler and CMake start by name
 
 

@@ -40,7 +40,7 @@ def test_every_group_size_has_a_launch(n_ranks: int, linalg: str) -> None:
     blocks, threads, shared = launches(p, batch=3)[SOLVE]
     assert p.linalg == linalg
     assert blocks == 3 * 2  # a block per load and group
-    assert threads == (32 if n_ranks <= 16 else 128 if n_ranks <= 64 or linalg == "cusolverdx" else 256)
+    assert threads == (32 if n_ranks <= 16 else 128 if n_ranks <= 64 else 256)
     width = -(-n_ranks // 8) * 8 if linalg == "builtin" else next(w for w in (8, 16, 32, 64, 128) if w >= n_ranks)
     assert 8 * width**2 < shared < 8 * width**2 + 100_000
     assert shared < 220 * 1024

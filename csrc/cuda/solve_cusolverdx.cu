@@ -59,7 +59,7 @@ SolveKernel cusolverdx_kernel(int n_ranks) {
   if (n_ranks <= 16) return {"cusolverdx", kWarpSize, 16, solve_kernel<Warp, 1, CuSolverDx<16>>};
   if (n_ranks <= 32) return {"cusolverdx", 128, 32, solve_kernel<Block<128>, 1, CuSolverDx<32>>};
   if (n_ranks <= 64) return {"cusolverdx", 128, 64, solve_kernel<Block<128>, 1, CuSolverDx<64>>};
-  return {"cusolverdx", 128, 128, solve_kernel<Block<128>, 2, CuSolverDx<128>>};
+  return {"cusolverdx", 256, 128, solve_kernel<Block<256>, 2, CuSolverDx<128>>};
 }
 
 }  // namespace lplb::cuda
