@@ -22,7 +22,7 @@ template <class Team>
 LPLB_HD inline void find_shares(Team& team, const Slots& slots, const int32_t* quota, Proportion* shares) {
   team.each(slots.n_copies, [&](int c) {
     uint32_t own = 0, tokens = 0;  // the last copy takes all that reach it
-    in_order<8>(
+    in_order<8, true>(
         c, slots.copy_end[c], [&](int k) { return static_cast<uint32_t>(quota[slots.copy_slot[k]]); },
         [&](int k, uint32_t q) {
           if (k == c) own = q;
@@ -52,7 +52,7 @@ LPLB_HD inline void assign_block(Block& block, const Index* indices, Index* phys
   int32_t* own = counters + block.warp_index() * slots.n_logical;
   const int32_t* before_warp = warp_prefix + block.warp_index() * slots.n_logical;
   const int rows = (slots.n_logical + kWarpSize - 1 - warp.rank()) / kWarpSize;  // of this member
-  in_order<8>(
+  in_order<8, true>(
       0, rows,
       [&](int row) {
         const int e = row * kWarpSize + warp.rank();

@@ -78,7 +78,7 @@ LPLB_HD inline int count_block(Block& block, const Index* indices, Cut cut, int 
   block.sync();
   block.each(n_logical, [&](int e) {
     int32_t before = 0;
-    in_order<8>(
+    in_order<8, true>(
         0, block.n_warps(), [&](int w) { return counters[w * n_logical + e]; },
         [&](int w, int32_t tokens) {
           warp_prefix[w * n_logical + e] = before;
@@ -102,7 +102,7 @@ LPLB_HD inline void scan_blocks(Block& block, int n_blocks, int n_logical, int32
   block.each(parts * n_logical, [&](int i) {
     const int part = i / n_logical, e = i % n_logical;
     int32_t sum = 0;
-    in_order<kAtOnce>(
+    in_order<kAtOnce, true>(
         part * share, end_of(part), [&](int c) { return block.fresh(prefix + c * n_logical + e); },
         [&](int, int32_t tokens) { sum += tokens; });
     partial[i] = sum;
@@ -112,7 +112,7 @@ LPLB_HD inline void scan_blocks(Block& block, int n_blocks, int n_logical, int32
     const int part = i / n_logical, e = i % n_logical;
     int32_t sum = 0;
     for (int k = 0; k < part; ++k) sum += partial[k * n_logical + e];
-    in_order<kAtOnce>(
+    in_order<kAtOnce, true>(
         part * share, end_of(part), [&](int c) { return block.fresh(prefix + c * n_logical + e); },
         [&](int c, int32_t tokens) { prefix[c * n_logical + e] = sum += tokens; });
     if (part == parts - 1) row[e] = sum;

@@ -133,15 +133,15 @@ static LPLB_INLINE void backward(int n, const double* m, const double* inv_d, do
 }  // namespace solo
 #endif  // __CUDACC__
 
-// A team factors panels of eight columns. Every member eliminates the block on the diagonal for itself, in registers,
-// so nobody waits for another inside a panel. In every warp lanes 0 … 7 hold the rows of that block, and the other 24
-// lanes hold rows below it.
+// A team factors panels of kColumns columns; with eight the registers would spill. Every member eliminates the block on
+// the diagonal for itself, in registers, so nobody waits for another inside a panel. In every warp the first kColumns
+// lanes hold the rows of that block, and the other lanes rows below it.
 namespace panel {
 
 inline constexpr int kColumns = 4;
 inline constexpr int kBelow = kWarpSize - kColumns;
 
-// One row of a panel in the registers of a lane: x its eight columns, y the right-hand sides.
+// One row of a panel in the registers of a lane: x its columns, y the right-hand sides.
 template <int kRhs>
 struct Row {
   double x[kColumns], raw[kColumns], y[kRhs];
@@ -209,7 +209,7 @@ LPLB_HD inline bool eliminate(int n, int j0, const double* m, const double* b, i
   return positive;
 }
 
-// Rows [i0, i0 + 32) of the columns [c0, c0 + 8): subtracts what the panel at j0 contributes.
+// Rows [i0, i0 + 32) of the columns [c0, c0 + kColumns): subtracts what the panel at j0 contributes.
 template <class Warp>
 LPLB_HD inline void update_block(Warp& warp, int n, int j0, int c0, int i0, double* m) {
   const int i = i0 + warp.rank();
@@ -217,24 +217,24 @@ LPLB_HD inline void update_block(Warp& warp, int n, int j0, int c0, int i0, doub
   double l[kColumns];
   LPLB_UNROLL
   for (int k = 0; k < kColumns; ++k) l[k] = m[(j0 + k) * n + i];
+  double x[kColumns];  // all columns are loaded before one is stored, so that the loads overlap
   LPLB_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     const double* u = m + (c0 + c) * n + j0;
-    double x = m[(c0 + c) * n + i];
+    x[c] = m[(c0 + c) * n + i];
     LPLB_UNROLL
-    for (int k = 0; k < kColumns; ++k) x -= l[k] * u[k];
-    m[(c0 + c) * n + i] = x;
+    for (int k = 0; k < kColumns; ++k) x[c] -= l[k] * u[k];
   }
+  LPLB_UNROLL
+  for (int c = 0; c < kColumns; ++c) m[(c0 + c) * n + i] = x[c];
 }
 
 template <class Team>
 LPLB_HD inline void update_trailing(Team& team, int n, int j0, double* m) {
   auto& warp = team.warp();
-  int block = 0;
   LPLB_LOOP
-  for (int c0 = j0 + kColumns; c0 < n; c0 += kColumns) LPLB_LOOP
-  for (int i0 = c0; i0 < n; i0 += kWarpSize, ++block)
-    if (block % team.n_warps() == team.warp_index()) update_block(warp, n, j0, c0, i0, m);
+  for (int c0 = j0 + kColumns * (1 + team.warp_index()); c0 < n; c0 += kColumns * team.n_warps()) LPLB_LOOP
+  for (int i0 = c0; i0 < n; i0 += kWarpSize) update_block(warp, n, j0, c0, i0, m);
 }
 
 template <int kRhs, class Team>
@@ -273,6 +273,10 @@ struct Rows {
   double v[kPerLane][kRhs];
 };
 
+// Columns whose entries are loaded before the first is used.
+template <int kPerLane>
+inline constexpr int kAtOnce = kPerLane > 2 ? 4 : 8;
+
 template <int kPerLane, int kRhs>
 LPLB_HD inline Rows<kPerLane, kRhs> load(int lane, int n, const double* b) {
   Rows<kPerLane, kRhs> x;
@@ -293,18 +297,28 @@ LPLB_HD inline void forward(Warp& warp, int n, const double* m, double* b) {
   LPLB_UNROLL
   for (int t = 0; t < kPerLane; ++t) {
     const int end = n - kWarpSize * t < kWarpSize ? n - kWarpSize * t : kWarpSize;
-    LPLB_UNROLL_8
-    for (int l = 0; l < end; ++l) {
-      const int k = kWarpSize * t + l;
-      double z[kRhs];
+    LPLB_LOOP
+    for (int first = 0; first < end; first += kAtOnce<kPerLane>) {
+      double entry[kAtOnce<kPerLane>][kPerLane];
       LPLB_UNROLL
-      for (int r = 0; r < kRhs; ++r) z[r] = warp.get(x.v[t][r], l);
-      LPLB_UNROLL
+      for (int c = 0; c < kAtOnce<kPerLane>; ++c) LPLB_UNROLL
       for (int s = t; s < kPerLane; ++s) {
-        const int i = lane + kWarpSize * s;
-        if (i > k && i < n) {
-          LPLB_UNROLL
-          for (int r = 0; r < kRhs; ++r) x.v[s][r] -= m[k * n + i] * z[r];
+        const int i = lane + kWarpSize * s, k = kWarpSize * t + first + c;
+        entry[c][s] = m[k * n + (i < n ? i : k)];
+      }
+      LPLB_UNROLL
+      for (int c = 0; c < kAtOnce<kPerLane>; ++c) {
+        const int l = first + c, k = kWarpSize * t + l;
+        double z[kRhs];
+        LPLB_UNROLL
+        for (int r = 0; r < kRhs; ++r) z[r] = warp.get(x.v[t][r], l);
+        LPLB_UNROLL
+        for (int s = t; s < kPerLane; ++s) {
+          const int i = lane + kWarpSize * s;
+          if (i > k && i < n) {
+            LPLB_UNROLL
+            for (int r = 0; r < kRhs; ++r) x.v[s][r] -= entry[c][s] * z[r];
+          }
         }
       }
     }
@@ -326,19 +340,33 @@ LPLB_HD inline void backward(Warp& warp, int n, const double* m, const double* i
   LPLB_UNROLL
   for (int t = kPerLane - 1; t >= 0; --t) {
     const int end = n - kWarpSize * t < kWarpSize ? n - kWarpSize * t : kWarpSize;
-    LPLB_UNROLL_8
-    for (int l = end - 1; l >= 0; --l) {
-      const int k = kWarpSize * t + l;
-      const double inv = inv_d[k];
-      double z[kRhs];
+    LPLB_LOOP
+    for (int last = end - 1; last >= 0; last -= kAtOnce<kPerLane>) {
+      double entry[kAtOnce<kPerLane>][kPerLane], inv_of[kAtOnce<kPerLane>];
       LPLB_UNROLL
-      for (int r = 0; r < kRhs; ++r) z[r] = warp.get(x.v[t][r], l) * inv;
+      for (int c = 0; c < kAtOnce<kPerLane>; ++c) {
+        const int k = kWarpSize * t + last - c;
+        inv_of[c] = inv_d[k];
+        LPLB_UNROLL
+        for (int s = 0; s <= t; ++s) {
+          const int i = lane + kWarpSize * s;
+          entry[c][s] = m[k * n + (i < n ? i : k)];
+        }
+      }
       LPLB_UNROLL
-      for (int s = 0; s <= t; ++s) {
-        const int i = lane + kWarpSize * s;
-        if (i < k) {
-          LPLB_UNROLL
-          for (int r = 0; r < kRhs; ++r) x.v[s][r] -= m[k * n + i] * z[r];
+      for (int c = 0; c < kAtOnce<kPerLane>; ++c) {
+        const int l = last - c, k = kWarpSize * t + l;
+        const double inv = inv_of[c];
+        double z[kRhs];
+        LPLB_UNROLL
+        for (int r = 0; r < kRhs; ++r) z[r] = warp.get(x.v[t][r], l) * inv;
+        LPLB_UNROLL
+        for (int s = 0; s <= t; ++s) {
+          const int i = lane + kWarpSize * s;
+          if (i < k) {
+            LPLB_UNROLL
+            for (int r = 0; r < kRhs; ++r) x.v[s][r] -= entry[c][s] * z[r];
+          }
         }
       }
     }

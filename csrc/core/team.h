@@ -66,8 +66,9 @@ namespace lplb {
 inline namespace LPLB_ISA {
 
 // use(i, load(i)) for i in [begin, end), in order. On a GPU several loads are under way before the first is used, so
-// load must not depend on use.
-template <int kAtOnce, class Load, class Use>
+// load must not depend on use. With kRepeat the last i is loaded again beyond the end: without branches loads overlap
+// better, which pays for loads from far away.
+template <int kAtOnce, bool kRepeat = false, class Load, class Use>
 LPLB_HD inline void in_order(int begin, int end, Load load, Use use) {
 #ifdef __CUDA_ARCH__
   LPLB_LOOP
@@ -75,7 +76,7 @@ LPLB_HD inline void in_order(int begin, int end, Load load, Use use) {
     decltype(load(begin)) value[kAtOnce];
     LPLB_UNROLL
     for (int k = 0; k < kAtOnce; ++k)
-      if (first + k < end) value[k] = load(first + k);
+      if (kRepeat || first + k < end) value[k] = load(first + k < end ? first + k : end - 1);
     LPLB_UNROLL
     for (int k = 0; k < kAtOnce; ++k)
       if (first + k < end) use(first + k, value[k]);
