@@ -99,9 +99,9 @@ void cuda_solve_table(const CudaPlanner& p, Address table, int64_t stride, int r
   t.ranks = ranks;
   t.source = source;
   t.n_words = static_cast<int>(expected.size());
-  if (t.n_words > lplb::cuda::kWords)
+  if (t.n_words > lplb::cuda::kCheckWords)
     throw std::invalid_argument("words are " + std::to_string(t.n_words) + ", allowed are " +
-                                std::to_string(lplb::cuda::kWords));
+                                std::to_string(lplb::cuda::kCheckWords));
   std::copy(expected.begin(), expected.end(), t.words);
   t.counter = at<void>(counter);
   t.counter_bytes = counter_bytes;
@@ -206,9 +206,11 @@ PYBIND11_MODULE(_C, m) {
 #ifdef LPLB_HAVE_CUSOLVERDX
   m.attr("linalgs") = words("builtin;cusolverdx");
   m.attr("mathdx_version") = LPLB_MATHDX_VERSION;
+  m.attr("cusolverdx_targets") = words(LPLB_CUSOLVERDX_TARGETS);
 #else
   m.attr("linalgs") = words("builtin");
   m.attr("mathdx_version") = "";
+  m.attr("cusolverdx_targets") = py::tuple();
 #endif
   m.def("total", &total, py::arg("counts"), py::arg("stride"), py::arg("n_ranks"), py::arg("n_logical"),
         py::arg("loads"));

@@ -21,6 +21,8 @@ linalgs: tuple[str, ...]
 """("builtin",) or ("builtin", "cusolverdx")."""
 mathdx_version: str
 """"" where MathDx is not in."""
+cusolverdx_targets: tuple[str, ...]
+"""What the kernels with cuSolverDx are compiled for, machine code only; empty where MathDx is not in."""
 
 def total(counts: int, stride: int, n_ranks: int, n_logical: int, loads: int) -> int:
     """Sum ``counts`` int32 (a row per rank, ``stride`` apart) into int64 ``loads``; return the largest sum."""
@@ -138,6 +140,8 @@ class CudaPlanner:
         stream: int,
     ) -> None:
         """Sum int32 ``table [ranks, stride]`` to ``loads``, solve, and raise the counter by the groups solved.
+
+        Where an expert has too many tokens, groups without it are counted all the same.
 
         ``words``: what columns ``n_logical + 1 ...`` of every row must hold, column ``n_logical`` being 0; none: no
         check. Otherwise a fault is noted and `assign` writes -1 everywhere.

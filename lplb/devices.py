@@ -129,7 +129,7 @@ def arithmetic(device: torch.device) -> str:
     if device.type != "cuda" or linalg() == "builtin":
         return "builtin"
     major, minor = torch.cuda.get_device_capability(device)
-    machine_code = [target for target in _C.cuda_targets if target.startswith("sm_")]
+    machine_code = _C.cusolverdx_targets
     if not any(_runs_on(target, (major, minor)) for target in machine_code):
         raise RuntimeError(
             f"LPLB_LINALG is 'cusolverdx', which has machine code for {' '.join(machine_code)} in this build and none "

@@ -21,11 +21,11 @@ namespace {
 using namespace lplb;
 using Random = std::mt19937_64;
 
-constexpr int kTeamSizes[] = {32, 64, 128};
+constexpr int kTeamSizes[] = {32, 64, 128, 256};
 constexpr int kGroupSizes[] = {8, 3, 16, 32, 1, 64, 12, 72, 5};
 constexpr int kCases = 18;       // per team size, at scale 1
 constexpr double kWork = 60000;  // per team size, at scale 1: Σ ranks · members, which barriers take time for
-constexpr int kWordsBehind = 1 + cuda::kWords;
+constexpr int kWordsBehind = 1 + cuda::kCheckWords;
 
 long passed = 0;
 
@@ -170,7 +170,7 @@ template <class Index>
 struct Blocks {
   Results<Index> results;
   int64_t outside = 0, faults[4] = {0, 0, 0, 0};
-  int32_t halt = 0;
+  int32_t halt = 0;  // set to 1 before a good call, as one that failed before it would leave it
 };
 
 int odd_rank(const Batch& b) { return (b.source + 1) % b.n_ranks; }
@@ -179,6 +179,7 @@ template <class Index>
 Blocks<Index> on_blocks(const Batch& b, Solver solver, int size, Wrong wrong) {
   Blocks<Index> out{Results<Index>(b)};
   Results<Index>& r = out.results;
+  out.halt = wrong == Wrong::nothing;
   const GroupTables groups(b.phy2log, b.n_logical, b.n_ranks, b.group_size, b.speed,
                            BuiltinAlgebra<kMaxGroup>::width(b.group_size));
   const cuda::Tables tables = cuda::make_tables(groups, b.phy2log, b.n_logical);
@@ -212,7 +213,7 @@ Blocks<Index> on_blocks(const Batch& b, Solver solver, int size, Wrong wrong) {
   a.n_ranks = b.n_ranks;
   a.solver = solver;
   a.loads = r.loads.data();
-  a.table = {table.data(), stride,     b.n_ranks,  b.source, cuda::kWords, {11, 22, 33}, before_rank.data(),
+  a.table = {table.data(), stride,     b.n_ranks,  b.source, cuda::kCheckWords, {11, 22, 33}, before_rank.data(),
              &out.halt,    out.faults, &r.counter, 8};
   a.quota = r.quota.data();
   a.rank_load = r.rank_load.data();
@@ -232,8 +233,11 @@ Blocks<Index> on_blocks(const Batch& b, Solver solver, int size, Wrong wrong) {
     if (wrong != Wrong::too_many) block.each(b.n_logical, [&](int e) { table[b.source * stride + e] = r.row[e]; });
     block.sync();
     for (int g = 0; g < a.n_groups; ++g) {
-      if (set_words(b.group_size) == 1)
-        cuda::solve_block<1>(block, BuiltinAlgebra<kMaxGroup>{}, a, g, aligned);
+      // the teams and algebras of solve.cu
+      if (b.group_size <= 16) {
+        if (block.warp_index() == 0) cuda::solve_block<1>(block.warp(), BuiltinAlgebra<16>{}, a, g, aligned);
+      } else if (b.group_size <= 64)
+        cuda::solve_block<1>(block, BuiltinAlgebra<64>{}, a, g, aligned);
       else
         cuda::solve_block<2>(block, BuiltinAlgebra<kMaxGroup>{}, a, g, aligned);
       block.sync();
@@ -270,7 +274,7 @@ void compare(const Batch& b, Solver solver, int size) {
   check_same(r.physical, wanted.physical, what + ": physical");
   check(r.counter == wanted.counter, what + ": counter " + std::to_string(r.counter));
   check(got.outside == b.outside, what + ": outside " + std::to_string(got.outside));
-  check(got.halt == 0 && got.faults[1] == 0 && got.faults[2] == 0, what + ": a fault is noted");
+  check(got.faults[1] == 0 && got.faults[2] == 0, what + ": a fault is noted");
 }
 
 void check_refusals(const Batch& b, int size) {
@@ -278,7 +282,9 @@ void check_refusals(const Batch& b, int size) {
     const Blocks<int64_t> got = on_blocks<int64_t>(b, Solver::ipm, size, wrong);
     const std::string what = b.name + ": a table that is wrong in way " + std::to_string(static_cast<int>(wrong));
     check(got.halt == 1, what + " is taken");
-    check(got.results.counter == 5, what + " raises the counter");
+    // expert 0 has too many, so only its group is not counted
+    const int others = wrong == Wrong::too_many ? b.n_ranks / b.group_size - 1 : 0;
+    check(got.results.counter == 5 + others, what + " leaves the counter at " + std::to_string(got.results.counter));
     check(got.faults[1] == (wrong == Wrong::too_many ? 0 : 1 + odd_rank(b)),
           what + " is put down to rank " + std::to_string(got.faults[1] - 1));
     check(got.faults[2] == (wrong == Wrong::too_many), what + " is not said to have too many tokens");

@@ -110,6 +110,10 @@ class ThreadWarp : public SeenMemory {
   int size() const { return kWarpSize; }
   int n_warps() const { return 1; }
   int warp_index() const { return 0; }
+  bool any(bool bit) {
+    sync();
+    return ballot(bit) != 0;
+  }
   ThreadWarp& warp() { return *this; }
   void sync() { memory_.barrier.wait(); }
   template <class F>
@@ -193,6 +197,7 @@ struct BlockMemory {
   Barrier barrier;
   std::vector<WarpMemory> warps;
   double buffer[reduce::kBufferSize];
+  std::atomic<bool> raised{false};
 };
 
 // One member of a block of host threads, a multiple of kWarpSize.
@@ -206,6 +211,15 @@ class ThreadBlock : public SeenMemory {
   int size() const { return size_; }
   int n_warps() const { return size_ / kWarpSize; }
   int warp_index() const { return rank_ / kWarpSize; }
+  bool any(bool bit) {
+    if (bit) memory_.raised.store(true, std::memory_order_relaxed);
+    sync();
+    const bool all = memory_.raised.load(std::memory_order_relaxed);
+    sync();
+    if (rank_ == 0) memory_.raised.store(false, std::memory_order_relaxed);
+    sync();
+    return all;
+  }
   ThreadWarp& warp() { return warp_; }
   void sync() { memory_.barrier.wait(); }
   template <class F>

@@ -7,6 +7,7 @@
 //     sums(n, f, …)           Σ f(i) for every function given, the same values on every member; every f(i) must be
 //     maxima(n, f, …)         readable by every member; likewise max(0, f(0), …)
 //     few_sums, few_maxima    the same for n ≤ kSumLanes, without a barrier
+//     any(bit)                whether any member passed true; a barrier
 //     warp()                  the member's warp; n_warps(), warp_index()
 //     first_warp(f)           f(warp) on the first warp alone, then sync()
 //
@@ -216,6 +217,7 @@ struct Solo {
   static Values<sizeof...(F)> few_maxima(int n, F... f) {
     return maxima(n, f...);
   }
+  static bool any(bool bit) { return bit; }
   Solo& warp() { return *this; }
   template <class F>
   void first_warp(F f) {

@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(kTokenWarps* kWarpSize, 1) assign_kernel(const
   Block<kAnySize> block(nullptr);
   auto* physical = static_cast<Index*>(a.physical);
   const int c = blockIdx.x;
+  if (c == 0 && block.rank() == 0) *a.arrived = 0;
   if (*a.halt != 0) {
     const Range range = a.cut.of_block(c);
     for (int64_t i = range.begin + block.rank(); i < range.end; i += block.size()) physical[i] = -1;
@@ -22,7 +23,7 @@ __global__ void __launch_bounds__(kTokenWarps* kWarpSize, 1) assign_kernel(const
   auto* copy_slot = reinterpret_cast<int32_t*>(shares + a.slots.n_copies);
   auto* to = copy_slot + a.slots.n_copies;
   Slots slots = a.slots;
-  block.each(slots.n_copies, [&](int c) { copy_slot[c] = a.slots.copy_slot[c]; });
+  block.each(slots.n_copies, [&](int i) { copy_slot[i] = a.slots.copy_slot[i]; });
   block.each(slots.n_logical, [&](int e) { to[e] = a.slots.to[e]; });
   find_shares(block, a.slots, a.quota, shares);
   slots.copy_slot = copy_slot;

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -22,13 +23,14 @@ inline void check(cudaError_t error, const char* what, const char* file, int lin
 namespace lplb::cuda {
 
 // Lets blocks of `kernel` have this much dynamic shared memory on the current device. The limit belongs to all planners
-// of the process, so it is only ever raised.
+// of the process, so it is only ever raised; and it is set in any case, or 48 KB would hold for static and dynamic
+// memory together. Callers take turns: bind() keeps Python's lock.
 template <class Kernel>
 void allow_shared(Kernel* kernel, size_t bytes) {
   cudaFuncAttributes now;
   LPLB_CUDA_CHECK(cudaFuncGetAttributes(&now, kernel));
-  if (now.maxDynamicSharedSizeBytes < static_cast<int>(bytes))
-    LPLB_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  const int most = std::max(now.maxDynamicSharedSizeBytes, static_cast<int>(bytes));
+  LPLB_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
 }  // namespace lplb::cuda

@@ -13,12 +13,13 @@ struct CountArguments {
   const void* indices;
   Cut cut;
   int n_logical;
-  int32_t* prefix;        // [blocks, n_logical] tokens in the blocks up to and with this one
-  int32_t* row;           // [n_logical] tokens in all of them
-  int32_t* warp_prefix;   // [blocks, warps, n_logical]
-  unsigned int* arrived;  // blocks that have counted; 0 between launches
-  int32_t* halt;          // set to 0: assign may go on
-  int64_t* faults;        // host memory; [0] is raised by the indices outside [-1, n_logical)
+  int32_t* prefix;              // [blocks, n_logical] tokens in the blocks up to and with this one
+  int32_t* row;                 // [n_logical] tokens in all of them
+  int32_t* warp_prefix;         // [blocks, warps, n_logical]
+  unsigned int* arrived;        // blocks that have counted; 0 between launches
+  int32_t* halt;                // set to 0: assign may go on
+  unsigned long long* outside;  // indices outside [-1, n_logical) in this launch; 0 between launches
+  int64_t* faults;              // host memory; [0] is raised by them
 };
 
 // Dynamic shared memory of one block.

@@ -23,6 +23,8 @@ SolveKernel kernel_for(const std::string& algebra, int n_ranks) {
   return builtin_kernel(n_ranks);
 }
 
+constexpr size_t kStatic = 64;  // bytes that a kernel may have beside its dynamic shared memory
+
 void check_fits(const std::string& what, size_t needed, int64_t allowed) {
   if (static_cast<int64_t>(needed) > allowed)
     throw std::invalid_argument(what + " needs " + std::to_string(needed) +
@@ -45,8 +47,7 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
       solve_shared_(solve_shared(tables_.groups, kernel_.threads)) {
   check_fits("a group of " + std::to_string(group_size) + " ranks and " +
                  std::to_string(n_physical_ / (n_ranks / group_size)) + " physical experts (" + kernel_.algebra + ")",
-             solve_shared_, shared_bytes);
-  constexpr size_t kStatic = 64;  // of count, beside its dynamic memory
+             kStatic + solve_shared_, shared_bytes);
   const auto token_bytes = [&](int warps) {
     return kStatic + std::max(count_shared(n_logical, warps), assign_shared(n_logical, tables_.slots.n_copies, warps));
   };
@@ -64,6 +65,7 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
   const auto per_block = static_cast<size_t>(sms) * n_logical;
   scratch_.arrived = take(1);
   scratch_.halt = take(1);
+  scratch_.outside = take(2);
   scratch_.before_rank = take(n_logical);
   scratch_.prefix_begin = take(per_block);
   scratch_.warp_prefix = take(per_block * warps_);
@@ -110,6 +112,7 @@ void Planner::count(const void* indices, int index_bytes, Cut cut, int blocks, i
                          scratch<int32_t>(scratch_.warp_prefix),
                          scratch<unsigned int>(scratch_.arrived),
                          scratch<int32_t>(scratch_.halt),
+                         scratch<unsigned long long>(scratch_.outside),
                          faults_};
   launch_count(a, index_bytes, blocks, warps_, stream);
 }
@@ -142,7 +145,8 @@ void Planner::assign(const void* indices, int index_bytes, Cut cut, int blocks, 
                           prefix,
                           scratch<int32_t>(scratch_.warp_prefix),
                           source > 0 ? scratch<int32_t>(scratch_.before_rank) : nullptr,
-                          scratch<int32_t>(scratch_.halt)};
+                          scratch<int32_t>(scratch_.halt),
+                          scratch<unsigned int>(scratch_.arrived)};
   launch_assign(a, index_bytes, blocks, warps_, stream);
 }
 

@@ -59,7 +59,7 @@ class Planner {
  private:
   // Where things are in the scratch memory.
   struct Scratch {
-    size_t arrived, halt, before_rank, prefix_begin, warp_prefix, bytes;
+    size_t arrived, halt, outside, before_rank, prefix_begin, warp_prefix, bytes;
     int32_t* prefix(std::byte* base) const { return reinterpret_cast<int32_t*>(base + prefix_begin); }
   };
   template <class T>

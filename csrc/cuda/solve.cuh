@@ -22,11 +22,11 @@ struct TeamTraits<Block<kSize>> {
 // Doubles that teams of this many threads want for their sums.
 inline int sum_buffer(int threads) { return threads == kWarpSize ? TeamTraits<Warp>::kBuffer : reduce::kBufferSize; }
 
-template <class Team, int kSetWords, class Algebra>
+template <class Team, int kWords, class Algebra>
 __global__ void __launch_bounds__(TeamTraits<Team>::kThreads, 1) solve_kernel(const SolveArguments a) {
   extern __shared__ __align__(16) std::byte memory[];
   Team team = TeamTraits<Team>::make(reinterpret_cast<double*>(memory));
-  solve_block<kSetWords>(team, Algebra{}, a, blockIdx.x, memory + sizeof(double) * TeamTraits<Team>::kBuffer);
+  solve_block<kWords>(team, Algebra{}, a, blockIdx.x, memory + sizeof(double) * TeamTraits<Team>::kBuffer);
 }
 
 }  // namespace lplb::cuda

@@ -6,20 +6,20 @@
 
 namespace lplb::cuda {
 
-inline constexpr int kWords = 3;  // of an exchange's row behind its error word
+inline constexpr int kCheckWords = 3;  // of an exchange's row behind its error word
 
 // Tokens per rank and logical expert as an exchange gathered them, and what becomes of them. `counts` is null where
 // loads are given instead.
 struct ExchangedTable {
   const int32_t* counts;  // [ranks, stride]: n_logical counts, an error word, and n_words words
   int64_t stride;
-  int ranks, source;      // source: this rank
-  int n_words;            // 0: nobody to compare with
-  int32_t words[kWords];  // what every rank must have sent
-  int32_t* before_rank;   // [n_logical] tokens of the ranks before source
-  int32_t* halt;          // 1 where a row is not as it must be: nothing is mapped then
-  int64_t* faults;        // host memory; [1] is then 1 + the rank, [2] is 1 where an expert has too many tokens
-  void* counter;          // raised by the groups solved, or null
+  int ranks, source;           // source: this rank
+  int n_words;                 // 0: nobody to compare with
+  int32_t words[kCheckWords];  // what every rank must have sent
+  int32_t* before_rank;        // [n_logical] tokens of the ranks before source
+  int32_t* halt;               // 1 where a row is not as it must be: nothing is mapped then
+  int64_t* faults;             // host memory; [1] is then 1 + the rank, [2] is 1 where an expert has too many tokens
+  void* counter;               // raised by the groups solved, or null
   int counter_bytes;
 };
 
@@ -47,7 +47,7 @@ LPLB_HD inline int odd_row(Team& team, const ExchangedTable& t, int n_logical) {
     if (r < t.ranks) {
       const int32_t* words = t.counts + r * t.stride + n_logical;
       odd = words[0] != 0;
-      for (int i = 0; i < kWords; ++i) odd = odd || (i < t.n_words && words[1 + i] != t.words[i]);
+      for (int i = 0; i < kCheckWords; ++i) odd = odd || (i < t.n_words && words[1 + i] != t.words[i]);
     }
     const uint32_t found = warp.ballot(odd);
     if (found != 0) return first + lowest_bit(found);
@@ -55,7 +55,8 @@ LPLB_HD inline int odd_row(Team& team, const ExchangedTable& t, int n_logical) {
   return -1;
 }
 
-// Tokens of a group's experts, over all ranks and before this one. Whether the table may be used.
+// Tokens of a group's experts, over all ranks and before this one. Whether the table may be used, as far as this group
+// knows: where another group has too many tokens, this one is solved and counted.
 template <class Team>
 LPLB_HD inline bool add_up(Team& team, const SharedGroup& g, const SolveArguments& a) {
   constexpr int64_t kMost = INT32_MAX;
@@ -65,31 +66,32 @@ LPLB_HD inline bool add_up(Team& team, const SharedGroup& g, const SolveArgument
     team.note(t.halt, 1);
     team.note(t.faults + 1, 1 + odd);
   }
+  bool too_many = false;
   team.each(g.n_singles + g.n_experts, [&](int i) {
     const int e = i < g.n_singles ? g.single_logical[i] : g.expert_logical[i - g.n_singles];
     int64_t all = 0;
-    int32_t before = 0;
+    uint32_t before = 0;
     LPLB_UNROLL_16
     for (int r = 0; r < t.ranks; ++r) {
       const int32_t tokens = t.counts[r * t.stride + e];
       all += tokens;
-      before += r < t.source ? tokens : 0;
+      before += r < t.source ? static_cast<uint32_t>(tokens) : 0;
     }
     if (all > kMost) {
+      too_many = true;
       team.note(t.halt, 1);
       team.note(t.faults + 2, 1);
       all = kMost;
     }
     a.loads[e] = all;
-    t.before_rank[e] = before;
+    t.before_rank[e] = static_cast<int32_t>(before);
   });
-  team.sync();
-  return team.fresh(t.halt) == 0;
+  return !team.any(too_many) && odd < 0;  // any() is a barrier, too
 }
 
 // One block's share of a launch: block b has group b % n_groups of load b / n_groups. memory: solve_shared() bytes
 // behind what the team itself wants.
-template <int kSetWords, class Team, class Algebra>
+template <int kWords, class Team, class Algebra>
 LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArguments& a, int64_t block,
                                 std::byte* memory) {
   struct alignas(16) Word {
@@ -104,7 +106,7 @@ LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArgument
   Workspace x;
   carve(g, memory + d.staged_bytes, x);
   g.expert_ranks = x.sets;
-  g.rank_replica_ranks = x.sets + kSetWords * g.n_experts;
+  g.rank_replica_ranks = x.sets + kWords * g.n_experts;
   team.sync();
 
   const bool usable = a.table.counts == nullptr || add_up(team, g, a);
@@ -114,8 +116,8 @@ LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArgument
     const auto* sets = reinterpret_cast<const uint64_t*>(a.image + d.sets);
     team.each(n_set_words(d), [&](int i) { x.sets[i] = sets[i]; });
   };
-  solve_group<kSetWords>(team, algebra, g, x, a.loads + load * a.n_logical, a.solver, plan,
-                         a.log != nullptr ? a.log + group * (kMaxIterations + 1) : nullptr, copy_sets);
+  solve_group<kWords>(team, algebra, g, x, a.loads + load * a.n_logical, a.solver, plan,
+                      a.log != nullptr ? a.log + group * (kMaxIterations + 1) : nullptr, copy_sets);
   if (team.rank() != 0) return;
   a.max_load[block] = result.max_load;
   a.lower_bound[block] = result.lower_bound;

@@ -1,5 +1,7 @@
 // Kernels whose dense algebra is cuSolverDx (Cholesky, float64, in shared memory). Compiled to LTO-IR and linked with
 // what cmake/mathdx.cmake makes of the library.
+#include <type_traits>
+
 #include "solve.cuh"
 
 #define LPLB_CUSOLVERDX(n)                                      \
@@ -17,6 +19,10 @@ namespace lplb::cuda {
 
 namespace {
 
+// As many threads as cmake/mathdx.cmake had the functions made for.
+template <int kThreads>
+using TeamOf = std::conditional_t<kThreads == kWarpSize, Warp, Block<kThreads>>;
+
 // The lower triangle of M becomes its Cholesky factor. The library wants all threads of the block, and neither begins
 // nor ends with a barrier.
 template <int kWidth>
@@ -25,6 +31,8 @@ struct CuSolverDx {
   __device__ static bool factor_and_solve(Team& team, int, double* m, double* inv_d, double* b) {
     static_assert(kRhs == 2);
     auto* info = reinterpret_cast<int*>(inv_d);  // 1/D is not needed here
+    if (team.rank() == 0) *info = 0;             // in case success is not written
+    team.sync();
     if constexpr (kWidth == 8) lplb_potrf_8(m, info);
     if constexpr (kWidth == 16) lplb_potrf_16(m, info);
     if constexpr (kWidth == 32) lplb_potrf_32(m, info);
@@ -55,11 +63,20 @@ struct CuSolverDx {
 }  // namespace
 
 SolveKernel cusolverdx_kernel(int n_ranks) {
-  if (n_ranks <= 8) return {"cusolverdx", kWarpSize, 8, solve_kernel<Warp, 1, CuSolverDx<8>>};
-  if (n_ranks <= 16) return {"cusolverdx", kWarpSize, 16, solve_kernel<Warp, 1, CuSolverDx<16>>};
-  if (n_ranks <= 32) return {"cusolverdx", 128, 32, solve_kernel<Block<128>, 1, CuSolverDx<32>>};
-  if (n_ranks <= 64) return {"cusolverdx", 128, 64, solve_kernel<Block<128>, 1, CuSolverDx<64>>};
-  return {"cusolverdx", 256, 128, solve_kernel<Block<256>, 2, CuSolverDx<128>>};
+  if (n_ranks <= 8)
+    return {"cusolverdx", LPLB_CUSOLVERDX_THREADS_8, 8,
+            solve_kernel<TeamOf<LPLB_CUSOLVERDX_THREADS_8>, 1, CuSolverDx<8>>};
+  if (n_ranks <= 16)
+    return {"cusolverdx", LPLB_CUSOLVERDX_THREADS_16, 16,
+            solve_kernel<TeamOf<LPLB_CUSOLVERDX_THREADS_16>, 1, CuSolverDx<16>>};
+  if (n_ranks <= 32)
+    return {"cusolverdx", LPLB_CUSOLVERDX_THREADS_32, 32,
+            solve_kernel<TeamOf<LPLB_CUSOLVERDX_THREADS_32>, 1, CuSolverDx<32>>};
+  if (n_ranks <= 64)
+    return {"cusolverdx", LPLB_CUSOLVERDX_THREADS_64, 64,
+            solve_kernel<TeamOf<LPLB_CUSOLVERDX_THREADS_64>, 1, CuSolverDx<64>>};
+  return {"cusolverdx", LPLB_CUSOLVERDX_THREADS_128, 128,
+          solve_kernel<TeamOf<LPLB_CUSOLVERDX_THREADS_128>, 2, CuSolverDx<128>>};
 }
 
 }  // namespace lplb::cuda

@@ -7,7 +7,7 @@ namespace lplb::cuda {
 
 // What any team can do to memory that others see.
 struct Memory {
-  // From several members, blocks or the host's side: one of the values stays.
+  // Several may write; one of the values stays.
   template <class T>
   __device__ void note(T* p, long long value) const {
     *static_cast<volatile T*>(p) = static_cast<T>(value);
@@ -33,6 +33,10 @@ class Warp : public Memory {
   static constexpr __host__ __device__ int size() { return kWarpSize; }
   static constexpr __host__ __device__ int n_warps() { return 1; }
   static constexpr __host__ __device__ int warp_index() { return 0; }
+  __device__ bool any(bool bit) const {
+    __syncwarp();
+    return __any_sync(kAll, bit);
+  }
   __device__ Warp& warp() { return *this; }
   __device__ void sync() const { __syncwarp(); }
   template <class F>
@@ -95,6 +99,7 @@ class Block : public Memory {
   __device__ int size() const { return kThreads != kAnySize ? kThreads : static_cast<int>(blockDim.x); }
   __device__ int n_warps() const { return size() / kWarpSize; }
   __device__ int warp_index() const { return static_cast<int>(threadIdx.x) / kWarpSize; }
+  __device__ bool any(bool bit) const { return __syncthreads_or(bit) != 0; }
   __device__ Warp& warp() { return warp_; }
   __device__ void sync() const { __syncthreads(); }
   template <class F>
