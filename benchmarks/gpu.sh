@@ -10,11 +10,11 @@
 #             perhaps lplb itself, built elsewhere; then nothing is built here
 #   BUILD     0: take the lplb that PYTHON finds, in this tree or installed; 1: build it from this tree (default, unless
 #             WHEELS holds it)
-#   OUT       where logs and results go (default: build/gpu); at most eight files
+#   OUT       where logs and results go (default: build/gpu)
 #   WORK      where it builds and installs (default: build/gpu-work)
 #   LPLB_*    as for any build and benchmark; LPLB_CUDA_TARGETS is by default the machine code of the device at hand
 #
-# Where there is no network:  WHEELS=.whl OUT="$OUT" benchmarks/gpu.sh
+# Where there is no network:  WHEELS=wheels benchmarks/gpu.sh
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,7 +23,7 @@ OUT=${OUT:-$ROOT/build/gpu}
 WORK=${WORK:-$ROOT/build/gpu-work}
 STEPS=${*:-build tests sanitizer bench}
 mkdir -p "$OUT" "$WORK" || exit 1
-rm -f "$OUT"/*.log "$OUT"/*.json "$OUT/summary.txt"
+rm -f "$OUT"/{environment,build,tests-builtin,tests-cusolverdx,sanitizer,bench}.log "$OUT/summary.txt"
 OUT=$(cd "$OUT" && pwd)
 WORK=$(cd "$WORK" && pwd)
 SITE=$WORK/site

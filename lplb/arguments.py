@@ -47,12 +47,25 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {str(tensor.device)!r}, allowed is the planner's device, {str(device)!r}")
 
 
+def refuse_without_memory(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that a tracer put in the place of one; `Planner.run` hands those to its operator."""
+    if type(tensor) is torch.Tensor:
+        return
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if isinstance(tensor, FakeTensor):
+        raise TypeError(
+            f"{name} is a FakeTensor, which has no values; allowed is a tensor that has, and, traced, only run"
+        )
+
+
 def check_indices(idx: torch.Tensor, device: torch.device) -> None:
     """Refuse indices of another type, dtype, device, or too many; their values are checked as they are counted."""
     if not isinstance(idx, torch.Tensor):
         raise TypeError(f"idx is {seen(idx)}, allowed is a torch.Tensor")
     if idx.dtype not in INDEX_DTYPES:
         raise TypeError(f"idx has dtype {idx.dtype}, allowed is torch.int32 or torch.int64")
+    refuse_without_memory("idx", idx)
     check_device("idx", idx, device)
     if idx.layout != torch.strided:
         raise TypeError(f"idx has layout {idx.layout}, allowed is torch.strided")
@@ -70,6 +83,7 @@ def check_counter(avail_counter: torch.Tensor | None, device: torch.device) -> N
         )
     if avail_counter.numel() != 1:
         raise ValueError(f"avail_counter has {avail_counter.numel()} elements, allowed is 1")
+    refuse_without_memory("avail_counter", avail_counter)
     check_device("avail_counter", avail_counter, device)
 
 
@@ -84,6 +98,7 @@ def checked_loads(workload: torch.Tensor, n_logical: int, device: torch.device) 
             f"workload has shape {list(workload.shape)}, allowed is [n_logical] = [{n_logical}] or a batch "
             f"[n, {n_logical}]"
         )
+    refuse_without_memory("workload", workload)
     check_device("workload", workload, device)
     if workload.dtype.is_floating_point:
         workload = workload.double()  # MOST_TOKENS is no float32

@@ -27,14 +27,16 @@ class Backend(Protocol):
     Arguments are checked before; calls come one at a time, with ``guard`` entered.
     """
 
-    guard: AbstractContextManager[object]
-    """Makes the device current where it is not."""
     name: str
     """For reports: device and variant."""
     loads: torch.Tensor
     """What the last plan is for: tokens per logical expert over all ranks, int64 ``[n_logical]``."""
     plan: Plan
     """The last plan; overwritten by the next."""
+
+    @property
+    def guard(self) -> AbstractContextManager[object]:
+        """Makes the device current where it is not."""
 
     @property
     def workspace_bytes(self) -> int:

@@ -97,7 +97,6 @@ class Backend:
     ) -> None:
         """See the class."""
         self._device = device
-        self.guard: AbstractContextManager[object] = torch.cuda.device(device)
         self._strict = _strict()
         properties = torch.cuda.get_device_properties(device)
         self._sms = properties.multi_processor_count
@@ -145,8 +144,14 @@ class Backend:
         self._planned = False
         self._faults: Faults = Faults() if before is None else before._faults
         self._planner.bind(self._tables.data_ptr(), self._scratch.data_ptr(), self._faults.address)
+        self._captured: torch.cuda.Stream | None = None  # the last stream that a call was captured on
         self._last_stream = torch.cuda.current_stream(self._device)
         self._streams = {self._last_stream.cuda_stream}
+
+    @property
+    def guard(self) -> AbstractContextManager[object]:
+        """Makes the planner's device current; a new one each time, for torch's changes when it is left."""
+        return torch.cuda.device(self._device)
 
     def _buffers(self) -> list[torch.Tensor]:
         own = [self._tables, self._scratch, self._prefix, *self._rows.values(), self._table, self._own_counts]
@@ -186,12 +191,18 @@ class Backend:
     def _stream(self) -> int:
         """The caller's current stream, made to wait for the planner's last one if that is another.
 
-        During capture it waits for nothing: a graph does not depend on what is outside of it.
+        During capture it waits for another stream of the capture only: a graph does not depend on what is outside.
         """
         stream = torch.cuda.current_stream(self._device)
         handle = stream.cuda_stream
-        if handle != self._last_stream.cuda_stream and not torch.cuda.is_current_stream_capturing():
-            stream.wait_stream(self._last_stream)
+        if torch.cuda.is_current_stream_capturing():
+            before, self._captured = self._captured, stream
+            if before is not None and before.cuda_stream != handle and _is_capturing(before):
+                stream.wait_stream(before)
+            return handle
+        if handle != self._last_stream.cuda_stream:
+            if not _is_capturing(self._last_stream):
+                stream.wait_stream(self._last_stream)
             self._last_stream = stream
             if handle not in self._streams:  # freed only when this stream is done with them, too
                 self._streams.add(handle)
@@ -356,6 +367,11 @@ class Backend:
             self._stream(),
         )
         return physical
+
+
+def _is_capturing(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _address_and_bytes(counter: torch.Tensor | None) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Which devices this build of lplb and this torch can run on, and what is missing where they cannot."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -43,6 +44,25 @@ def check_backend(name: str, device: torch.device) -> None:
         lacking = no_code_for(torch.cuda.get_device_capability(device))
     if lacking is not None:
         raise RuntimeError(f"{name} is {str(device)!r}, and {lacking}. {instead}")
+
+
+def made_current(device: object) -> contextlib.AbstractContextManager[object]:
+    """Make a CUDA device current; for anything else, also what is no device at all, change nothing."""
+    try:
+        found = torch.device(device)  # type: ignore[call-overload, unused-ignore]
+    except (RuntimeError, TypeError):
+        return contextlib.nullcontext()
+    if found.type != "cuda" or not torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return torch.cuda.device(found)
+
+
+def refuse_capture(device: torch.device, method: str) -> None:
+    """Refuse what waits for the device while a CUDA graph is captured, before it spoils the capture."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{method} waits for the device, which CUDA graph capture does not allow; run can be captured"
+        )
 
 
 def missing() -> Iterator[str]:

@@ -18,6 +18,7 @@ class _Runs(Protocol):
     def _run(self, idx: torch.Tensor, avail_counter: torch.Tensor | None, n_sms: int | None) -> torch.Tensor: ...
 
 
+_PYTHON = torch._C.DispatchKey.Python
 _planners: "weakref.WeakValueDictionary[int, _Runs]" = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 _library = torch.library.Library("lplb", "DEF")  # type: ignore[no-untyped-call, unused-ignore]
@@ -35,8 +36,8 @@ def handle_of(planner: _Runs, fingerprint: tuple[int, int]) -> int:
     """Return the number by which `run` finds a planner; graphs hold numbers, not objects.
 
     It is made of the placement and of how many planners this process had before: the same on all ranks and in every run
-    of a program, so that caches of compiled code serve again, and a graph loaded elsewhere finds no planner that is
-    unlike its own.
+    of a program, so that caches of compiled code serve again. A graph loaded elsewhere finds its planner if planners
+    are made there in the same order. A re-mapping keeps the number.
     """
     handle = fingerprint[0] << 24 | next(_numbers) % (1 << 24)
     _planners[handle] = planner
@@ -65,6 +66,13 @@ def run(idx: torch.Tensor, avail_counter: torch.Tensor | None, planner: int, n_s
     else:
         physical = torch.ops.lplb.run.default(idx, avail_counter, planner, n_sms)
     return physical
+
+
+def is_traced(idx: object) -> bool:
+    """Whether something listens to operators, or ``idx`` stands for a tensor without memory of its own."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    return type(idx) is not torch.Tensor and isinstance(idx, torch.Tensor) and torch._C._dispatch_keys(idx).has(_PYTHON)
 
 
 def _run(idx: torch.Tensor, avail_counter: torch.Tensor | None, planner: int, n_sms: int | None) -> torch.Tensor:

@@ -42,18 +42,19 @@ class Planner:
     ``c * n_redundants + k`` of rank ``r`` copies own slot ``c * n_redundants + k`` of rank ``r2o[r, k]``.
 
     Under a ``group`` the constructor, `update_redundancy_mapping`, `solve_probs` and `run` are collective: every rank
-    calls them, in the same order, and an error on one rank is raised on all. A planner may be used from several
-    threads; they take turns.
+    calls them, in the same order, and an error on one rank is raised on all; in `run` on CUDA later than on that rank,
+    see below. A planner may be used from several threads; they take turns.
 
     On CUDA all work goes to the caller's current stream, and `run` and `count_workload` never wait for the device:
 
     - Indices outside ``[-1, n_logical)`` are mapped to -1 and counted in `indices_outside`. With LPLB_CHECK=1 in the
       environment when the planner is made, the next call that sees a higher count raises ValueError.
     - Under a group, an error in the arguments of `run` on one rank is raised there at once. The other ranks get -1
-      for all of that call, and raise ValueError at the first call that sees the device's report.
+      for all of that call, and raise ValueError at the first call that sees the device's report: ranks that go on to
+      a collective of their own agree before it.
     - The planner's memory serves one call at a time: a call on another stream first waits for the last one's, which
-      must still exist. While a CUDA graph is captured nothing waits: synchronise before the capture, and let no
-      replay overlap with another replay or call of the same planner.
+      must still exist. What is captured waits for other streams of the same capture only: synchronise before it, and
+      let no replay overlap with another replay or call of the same planner.
     - A captured graph uses the planner's memory. Keep the planner as long as the graph, and capture anew after
       `update_redundancy_mapping`. Replays follow new indices, raise the counter and renew `last_plan`, but only calls
       of the planner raise what went wrong in them.
@@ -124,7 +125,9 @@ class Planner:
             self._compile(self._identity_order(), [1.0] * self.ep_size)
 
         self._set_group(group)
-        exchange.together(self._exchange, build, lambda _: self._fingerprint)
+        where = getattr(redundant_to_original, "device", None) if device is None else device
+        with devices.made_current(where):
+            exchange.together(self._exchange, build, lambda _: self._fingerprint)
         self._handle = ops.handle_of(self, self._fingerprint)
 
     @classmethod
@@ -174,7 +177,8 @@ class Planner:
             self._compile(placement, checked_speeds(rank_speed, self.ep_size))
 
         self._set_group(group)
-        exchange.together(self._exchange, build, lambda _: self._fingerprint)
+        with devices.made_current(device):
+            exchange.together(self._exchange, build, lambda _: self._fingerprint)
         self._handle = ops.handle_of(self, self._fingerprint)
         return self
 
@@ -241,6 +245,7 @@ class Planner:
             self.group_size,
             speed,
             self.solver,
+            self.device.type,
             devices.arithmetic(self.device),
         )
         settings = placement, self.group_size, speed, self.solver, self._exchange, fingerprint, self.device
@@ -263,6 +268,7 @@ class Planner:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build the backend again; the last plan is not kept."""
+        devices.check_backend("device", state["device"])
         self.__dict__.update(state)
         self._lock = threading.Lock()
         self._compile(self.placement, self._speed)
@@ -315,7 +321,7 @@ class Planner:
             buffer: a ``deep_ep.Buffer``.
 
         Raises:
-            RuntimeError: always in this version, which has no CUDA backend; the message lists what is missing.
+            RuntimeError: always in this version, which reads no DeepEP buffers; the message lists what is missing.
         """
         missing = []
         try:
@@ -354,6 +360,7 @@ class Planner:
         """
 
         def renew() -> None:
+            devices.refuse_capture(self.device, "update_redundancy_mapping")
             self._layout("update_redundancy_mapping")
             self._backend.check_earlier()
             if workload is None:
@@ -428,16 +435,18 @@ class Planner:
         with self._lock, self._backend.guard:
             error: Exception | None = None
             try:
+                devices.refuse_capture(self.device, "solve_probs")
                 layout = self._layout("solve_probs")
                 check_counter(avail_counter, self.device)
                 flat = workload.reshape(-1) if isinstance(workload, torch.Tensor) else workload
                 loads = checked_loads(flat, self.n_logical_routed_experts, self.device)
                 self._backend.check_earlier()
+                log = self._backend.new_log() if self.verbose else None
                 self._backend.put_own(loads)
             except Exception as problem:
                 error = problem
             self._backend.gather(exchange.SOLVE_PROBS, error)
-            self._solve_gathered(avail_counter)
+            self._solve_gathered(avail_counter, log)
             self._backend.wait()
             return layout.shares(self.phy2log, self._backend.plan.quota, self._backend.loads)
 
@@ -488,11 +497,13 @@ class Planner:
             solver: ``"ipm"`` or ``"flow"``; by default the planner's.
 
         Returns:
-            The plan, with a certificate for every group. A batch is shared out over torch's threads.
+            The plan, with a certificate for every group. A batch is shared out over torch's threads; on CUDA it is one
+            launch.
 
         Raises:
             TypeError, ValueError: an argument is not allowed.
         """
+        devices.refuse_capture(self.device, "solve")
         chosen = self.solver if solver is None else checked_solver(solver)
         loads = checked_loads(workload, self.n_logical_routed_experts, self.device)
         n_loads = loads.numel() // self.n_logical_routed_experts
@@ -522,8 +533,10 @@ class Planner:
         Raises:
             TypeError, ValueError: an argument is not allowed, on any rank; the counter is then unchanged. On CUDA
                 other ranks raise at a later call, see the class.
+
+        A compiler may drop a call whose result nobody uses, and with it its plan and its exchange.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or ops.is_traced(idx):
             return ops.run(idx, avail_counter, self._handle, n_sms)
         return self._run(idx, avail_counter, n_sms)
 
@@ -538,15 +551,15 @@ class Planner:
                 self._backend.check_earlier()
                 if self._alone and not self.verbose:
                     return self._backend.run(idx, avail_counter, n_sms)
+                log = self._backend.new_log() if self.verbose else None
                 counted = self._backend.count_own(idx, n_sms)
             except Exception as problem:
                 error = problem
             self._backend.gather(exchange.RUN, error)
-            self._solve_gathered(avail_counter)
+            self._solve_gathered(avail_counter, log)
             return self._backend.assign_gathered(counted)
 
-    def _solve_gathered(self, avail_counter: torch.Tensor | None) -> None:
-        log = self._backend.new_log() if self.verbose else None
+    def _solve_gathered(self, avail_counter: torch.Tensor | None, log: torch.Tensor | None) -> None:
         self._backend.solve_gathered(avail_counter, log)
         if log is not None:
             self._print(self._backend.loads, self._backend.plan, log)

@@ -60,7 +60,9 @@ def test_shared_memory_at_the_sizes_of_the_bars() -> None:
 
 def test_a_group_that_does_not_fit_is_refused_with_need_and_limit() -> None:
     needed = launches(planner(128, 512, 1024))[SOLVE][2]
-    with pytest.raises(ValueError, match=rf"128 ranks and 1024 physical experts.* needs {needed + 64} .*are {A100} per"):
+    with pytest.raises(
+        ValueError, match=rf"128 ranks and 1024 physical experts.* needs {needed + 64} .*are {A100} per"
+    ):
         planner(128, 512, 1024, shared=A100)
     with pytest.raises(ValueError, match=rf"needs {needed + 64} .*are {needed} per"):
         planner(128, 512, 1024, shared=needed)

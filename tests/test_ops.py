@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lplb import Planner, ops, topology
 
@@ -168,3 +170,24 @@ def test_a_planner_that_is_gone():
     gc.collect()
     with pytest.raises(RuntimeError, match=rf"lplb::run has planner {handle}, allowed is one that is alive"):
         ops.run(torch.arange(5), None, handle)
+
+
+def test_tensors_without_memory_go_to_the_operator():
+    planner = make()
+    with FakeTensorMode():
+        idx = torch.zeros(3, 2, dtype=torch.int32)
+        physical = planner.run(idx, None)
+        assert (physical.shape, physical.dtype, type(physical)) == (idx.shape, idx.dtype, type(idx))
+    with pytest.raises(TypeError, match="idx is a FakeTensor"):
+        planner.count_workload(idx, 1)
+    with pytest.raises(TypeError, match="workload is a FakeTensor"), FakeTensorMode():
+        planner.solve(torch.zeros(N_LOGICAL))
+    assert planner.last_plan is None
+
+
+def test_tracing_by_symbols_keeps_the_operator():
+    planner, idx = make(), batch(5, (7, 3))
+    traced = make_fx(lambda i: planner.run(i, None) + 1, tracing_mode="symbolic")(idx)
+    assert "lplb.run.uncounted" in traced.code
+    other = batch(6, (4, 3))
+    assert torch.equal(traced(other), planner.run(other, None) + 1)
