@@ -8,8 +8,8 @@
 #endif
 
 namespace py = pybind11;
+using lplb::PlanArrays;
 using lplb::cpu::Chunks;
-using lplb::cpu::PlanArrays;
 using lplb::cpu::Planner;
 using lplb::cpu::RankCounts;
 
@@ -22,6 +22,11 @@ T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
+PlanArrays plan_at(const std::array<Address, 7>& out) {
+  return {at<int32_t>(out[0]), at<int64_t>(out[1]), at<int64_t>(out[2]), at<double>(out[3]),
+          at<double>(out[4]),  at<int32_t>(out[5]), at<int32_t>(out[6])};
+}
+
 int64_t count(const Planner& p, Address indices, int index_bytes, std::tuple<int64_t, int, int64_t> chunks,
               Address prefix, int threads) {
   const Chunks c{std::get<0>(chunks), std::get<1>(chunks), std::get<2>(chunks)};
@@ -32,8 +37,7 @@ int64_t count(const Planner& p, Address indices, int index_bytes, std::tuple<int
 
 int64_t solve(Planner& p, Address loads, int64_t batch, int solver, std::array<Address, 7> out, Address log,
               int threads) {
-  const PlanArrays arrays{at<int32_t>(out[0]), at<int64_t>(out[1]), at<int64_t>(out[2]), at<double>(out[3]),
-                          at<double>(out[4]),  at<int32_t>(out[5]), at<int32_t>(out[6])};
+  const PlanArrays arrays = plan_at(out);
   py::gil_scoped_release release;
   return p.solve(at<const int64_t>(loads), batch, static_cast<lplb::Solver>(solver), arrays,
                  at<lplb::IterationRow>(log), threads);
@@ -69,11 +73,6 @@ py::tuple words(const std::string& text) { return py::tuple(py::str(text).attr("
 using CudaPlanner = lplb::cuda::Planner;
 
 cudaStream_t stream_at(Address a) { return at<CUstream_st>(a); }
-
-lplb::cuda::PlanAddresses plan_at(const std::array<Address, 7>& out) {
-  return {at<int32_t>(out[0]), at<int64_t>(out[1]), at<int64_t>(out[2]), at<double>(out[3]),
-          at<double>(out[4]),  at<int32_t>(out[5]), at<int32_t>(out[6])};
-}
 
 // A launch may wait for room in the stream's queue: other Python threads go on meanwhile.
 void cuda_count(const CudaPlanner& p, Address indices, int index_bytes, int64_t n, int blocks, int64_t length,

@@ -14,30 +14,18 @@
 #include "../csrc/core/assign.h"
 #include "../csrc/cpu/planner.h"
 #include "../csrc/cuda/solve_block.h"
+#include "check.h"
 #include "thread_team.h"
 
 namespace {
 
 using namespace lplb;
-using Random = std::mt19937_64;
 
 constexpr int kTeamSizes[] = {32, 64, 128, 256};
 constexpr int kGroupSizes[] = {8, 3, 16, 32, 1, 64, 12, 72, 5};
 constexpr int kCases = 18;       // per team size, at scale 1
 constexpr double kWork = 60000;  // per team size, at scale 1: Σ ranks · members, which barriers take time for
 constexpr int kWordsBehind = 1 + cuda::kCheckWords;
-
-long passed = 0;
-
-[[noreturn]] void fail(const std::string& what) {
-  std::printf("FAILED after %ld passed: %s\n", passed, what.c_str());
-  std::exit(1);
-}
-
-void check(bool ok, const std::string& what) {
-  if (!ok) fail(what);
-  ++passed;
-}
 
 template <class T>
 void check_same(const std::vector<T>& got, const std::vector<T>& wanted, const std::string& what) {
@@ -48,8 +36,6 @@ void check_same(const std::vector<T>& got, const std::vector<T>& wanted, const s
            ", on the CPU backend " + std::to_string(wanted[i]));
   ++passed;
 }
-
-int draw(Random& random, int least, int most) { return std::uniform_int_distribution<int>(least, most)(random); }
 
 // One batch: a placement, the tokens of one rank, and what the other ranks have counted.
 struct Batch {
@@ -156,8 +142,8 @@ Results<Index> on_the_cpu(const Batch& b, Solver solver) {
   std::copy(r.row.begin(), r.row.end(), table.begin() + b.source * b.n_logical);
   const cpu::RankCounts counts{table.data(), b.n_logical};
   cpu::total(counts, b.n_ranks, b.n_logical, r.loads.data());
-  const cpu::PlanArrays out{r.quota.data(), r.rank_load.data(),  r.max_load.data(), r.lower_bound.data(),
-                            r.gap.data(),   r.iterations.data(), r.status.data()};
+  const PlanArrays out{r.quota.data(), r.rank_load.data(),  r.max_load.data(), r.lower_bound.data(),
+                       r.gap.data(),   r.iterations.data(), r.status.data()};
   r.counter += planner.solve(r.loads.data(), 1, solver, out, nullptr, 1);
   planner.assign(indices.data(), chunks, r.prefix.data(), counts, b.source, r.quota.data(), r.physical.data(), 1);
   return r;

@@ -21,6 +21,7 @@
 
 #include "../csrc/core/solve.h"
 #include "../csrc/core/split.h"
+#include "check.h"
 #include "thread_team.h"
 
 // Every operator new of the program ends here, also those for arrays. Not inlined, or g++ takes new and free for a
@@ -51,7 +52,6 @@ LPLB_REPLACED void operator delete(void* p, size_t, std::align_val_t) noexcept {
 namespace {
 
 using namespace lplb;
-using Random = std::mt19937_64;
 
 constexpr int kJustAWarp = 0;
 constexpr int kTeamSizes[] = {kJustAWarp, kWarpSize, 64, 128};
@@ -59,18 +59,6 @@ constexpr int kGroupSizes[] = {128, 1, 16, 65, 3, 8, 33, 2, 72, 5, 24, 4, 64, 12
 constexpr int kMostCases = 60;       // per team size, at scale 1
 constexpr double kWork = 24000;      // per team size, at scale 1: Σ ranks · members, which barriers take time for
 constexpr double kResidual = 1e-13;  // of a solve, relative to n·|M|·|x|
-
-long passed = 0;
-
-[[noreturn]] void fail(const std::string& what) {
-  std::printf("FAILED after %ld passed: %s\n", passed, what.c_str());
-  std::exit(1);
-}
-
-void check(bool ok, const std::string& what) {
-  if (!ok) fail(what);
-  ++passed;
-}
 
 template <class T>
 void check_same_bits(const T* got, const T* wanted, size_t n, const std::string& what) {
@@ -82,11 +70,6 @@ void check_same_bits(const T* got, const T* wanted, size_t n, const std::string&
     fail(text.str());
   }
   ++passed;
-}
-
-int draw(Random& random, int least, int most) { return std::uniform_int_distribution<int>(least, most)(random); }
-double draw(Random& random, double least, double most) {
-  return std::uniform_real_distribution<double>(least, most)(random);
 }
 
 // Problems

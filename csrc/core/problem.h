@@ -64,6 +64,15 @@ struct Result {
   Status status;
 };
 
+// Where a plan for a batch of loads is written: quota [batch, n_physical], rank_load [batch, n_ranks], the others
+// [batch, n_groups].
+struct PlanArrays {
+  int32_t* quota;
+  int64_t *rank_load, *max_load;
+  double *lower_bound, *gap;
+  int32_t *iterations, *status;
+};
+
 // Where one solve works; every pointer has the size its Group asks for. Nothing is kept between solves.
 struct Workspace {
   double *a, *b, *rhs, *inv_d;             // per rank, padded; rhs has two columns

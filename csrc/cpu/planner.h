@@ -26,15 +26,6 @@ struct RankCounts {
   const int32_t* row(int r) const { return first + r * stride; }
 };
 
-// Where a plan for a batch of loads is written: quota [batch, n_physical], rank_load [batch, n_ranks], the others
-// [batch, n_groups].
-struct PlanArrays {
-  int32_t* quota;
-  int64_t *rank_load, *max_load;
-  double *lower_bound, *gap;
-  int32_t *iterations, *status;
-};
-
 class Planner {
  public:
   Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,

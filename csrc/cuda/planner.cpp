@@ -117,7 +117,7 @@ void Planner::count(const void* indices, int index_bytes, Cut cut, int blocks, i
   launch_count(a, index_bytes, blocks, warps_, stream);
 }
 
-void Planner::solve(int64_t* loads, int64_t batch, ExchangedTable table, Solver solver, const PlanAddresses& out,
+void Planner::solve(int64_t* loads, int64_t batch, ExchangedTable table, Solver solver, const PlanArrays& out,
                     IterationRow* log, cudaStream_t stream) const {
   need_memory();
   table.before_rank = scratch<int32_t>(scratch_.before_rank);

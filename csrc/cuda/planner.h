@@ -25,13 +25,6 @@ struct Blocks {
   int64_t length;  // tokens per block
 };
 
-struct PlanAddresses {
-  int32_t* quota;
-  int64_t *rank_load, *max_load;
-  double *lower_bound, *gap;
-  int32_t *iterations, *status;
-};
-
 class Planner {
  public:
   // shared_bytes: what one block may have. sms: most blocks of count and assign. Throws std::invalid_argument for what
@@ -50,7 +43,7 @@ class Planner {
   void count(const void* indices, int index_bytes, Cut cut, int blocks, int32_t* prefix, int32_t* row,
              cudaStream_t stream) const;
   // table.counts null: loads [batch, n_logical] are given.
-  void solve(int64_t* loads, int64_t batch, ExchangedTable table, Solver solver, const PlanAddresses& out,
+  void solve(int64_t* loads, int64_t batch, ExchangedTable table, Solver solver, const PlanArrays& out,
              IterationRow* log, cudaStream_t stream) const;
   void assign(const void* indices, int index_bytes, Cut cut, int blocks, const int32_t* prefix, int source,
               const int32_t* quota, void* physical, cudaStream_t stream) const;
