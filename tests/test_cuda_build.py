@@ -22,9 +22,9 @@ CUDA_SOURCES = native.ROOT / "csrc" / "cuda"
 TARGETS = ("80", "90", "100", "103", "120")  # of a build that names none, as far as nvcc knows them
 PTX = "compute_90"
 MATHDX_TARGETS = {"sm_80", "sm_90", "sm_100"}
-# The only stack frames allowed are the library's own, in bytes, by ranks of the block: cuSolverDx keeps part of a
-# matrix in registers that it indexes.
-LIBRARY_STACK = {8: 16}
+# What is allowed besides nothing, in bytes of stack, spill stores and spill loads, by ranks of the block: cuSolverDx
+# keeps part of a matrix in registers that it indexes, and at 128 ranks there are too few of them for it and the kernel.
+LIBRARY = {8: (16, 0, 0), 128: (128, 160, 256)}
 TOOLS = ("as", "ld", "ar", "ranlib", "nm", "uname", "sh")  # what a C++ compiler and CMake start by name
 
 
@@ -103,8 +103,9 @@ def test_no_kernel_has_a_stack_or_spills(compiled: list[Kernel]) -> None:
     for kernel in compiled:
         library = re.search(r"CuSolverDxILi(\d+)E", kernel.name)
         print(f"{kernel.registers:4} registers {kernel.stack:5} bytes of stack  {kernel.name}")
-        assert kernel.stack <= (LIBRARY_STACK.get(int(library[1]), 0) if library else 0), kernel
-        assert (kernel.stores, kernel.loads) == (0, 0), kernel
+        allowed = LIBRARY.get(int(library[1]), (0, 0, 0)) if library else (0, 0, 0)
+        found = (kernel.stack, kernel.stores, kernel.loads)
+        assert all(seen <= most for seen, most in zip(found, allowed, strict=True)), (kernel, allowed)
 
 
 def images(path: Path) -> list[set[str]]:
