@@ -47,14 +47,13 @@ def check_backend(name: str, device: torch.device) -> None:
 
 
 def made_current(device: object) -> contextlib.AbstractContextManager[object]:
-    """Make a CUDA device current; for anything else, also what is no device at all, change nothing."""
+    """Make a CUDA device current; for anything else, also what will be refused, change nothing."""
     try:
         found = torch.device(device)  # type: ignore[call-overload, unused-ignore]
+        check_backend("device", found)
     except (RuntimeError, TypeError):
         return contextlib.nullcontext()
-    if found.type != "cuda" or not torch.cuda.is_available():
-        return contextlib.nullcontext()
-    return torch.cuda.device(found)
+    return torch.cuda.device(found) if found.type == "cuda" else contextlib.nullcontext()
 
 
 def refuse_capture(device: torch.device, method: str) -> None:
