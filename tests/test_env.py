@@ -181,17 +181,17 @@ def test_linear_algebra_of_a_planner(build, monkeypatch):
 
 def test_what_plans_depend_on(build, machine, monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    build(cuda_targets=TARGETS, linalgs=("builtin", "cusolverdx"))
+    monkeypatch.delenv("LPLB_LINALG", raising=False)
+    build(cuda_targets=TARGETS, linalgs=("builtin", "cusolverdx"), cusolverdx_targets=("sm_80", "sm_90"))
     machine("13.0", (9, 0))
     assert devices.arithmetic(cpu) == devices.arithmetic(gpu) == "builtin"
     monkeypatch.setenv("LPLB_LINALG", "cusolverdx")
     assert devices.arithmetic(cpu) == "builtin"
     assert devices.arithmetic(gpu) == "cusolverdx 9.0"
-    machine("13.0", (13, 0))  # which PTX would do for
-    with pytest.raises(
-        RuntimeError, match=r"machine code for sm_80 .* none for compute capability 13\.0: build lplb with"
-    ):
-        devices.arithmetic(gpu)
+    for capability in ((12, 0), (13, 0)):  # with machine code, and with PTX, but not of cuSolverDx
+        machine("13.0", capability)
+        with pytest.raises(RuntimeError, match=r"machine code for sm_80 sm_90 .* none for compute capability 1"):
+            devices.arithmetic(gpu)
 
 
 def test_env_of_a_build_with_cuda(build, machine, monkeypatch, capsys):
