@@ -289,6 +289,17 @@ LPLB_HD inline Rows<kPerLane, kRhs> load(int lane, int n, const double* b) {
   return x;
 }
 
+template <int kPerLane, int kRhs>
+LPLB_HD inline void store(int lane, int n, const Rows<kPerLane, kRhs>& x, double* b) {
+  LPLB_UNROLL
+  for (int t = 0; t < kPerLane; ++t) {
+    const int i = lane + kWarpSize * t;
+    LPLB_UNROLL
+    for (int r = 0; r < kRhs; ++r)
+      if (i < n) b[r * n + i] = x.v[t][r];
+  }
+}
+
 // b ← L⁻¹·b
 template <int kPerLane, int kRhs, class Warp>
 LPLB_HD inline void forward(Warp& warp, int n, const double* m, double* b) {
@@ -323,13 +334,7 @@ LPLB_HD inline void forward(Warp& warp, int n, const double* m, double* b) {
       }
     }
   }
-  LPLB_UNROLL
-  for (int t = 0; t < kPerLane; ++t) {
-    const int i = lane + kWarpSize * t;
-    LPLB_UNROLL
-    for (int r = 0; r < kRhs; ++r)
-      if (i < n) b[r * n + i] = x.v[t][r];
-  }
+  store(lane, n, x, b);
 }
 
 // b ← U⁻¹·b
@@ -376,8 +381,9 @@ LPLB_HD inline void backward(Warp& warp, int n, const double* m, const double* i
     const int i = lane + kWarpSize * t;
     LPLB_UNROLL
     for (int r = 0; r < kRhs; ++r)
-      if (i < n) b[r * n + i] = x.v[t][r] * inv_d[i];
+      if (i < n) x.v[t][r] *= inv_d[i];
   }
+  store(lane, n, x, b);
 }
 
 }  // namespace rows

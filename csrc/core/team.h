@@ -14,10 +14,13 @@
 // and a warp, which is a team as well, also
 //
 //     get(value, member)      the value that another member passed
-//     add(p, x)               *p += x, when several members may do so at once
 //     across(value, step)     that of the member whose number differs in the bit `step`
 //     ballot(bit)             the members' bits
 //     largest(x), unite(x)    maximum and union of the members' words
+//     add(p, x)               *p += x, when several members may do so at once
+//
+// Teams that are not one thread further have note(p, x), *p = x for eyes outside of the team; blocks have fresh(p),
+// what another block of the launch wrote, and their warps match(x), the members that passed the same x.
 //
 // All members of a warp make the same calls. One thread is a warp of one member. Sums run over a fixed tree by index,
 // whatever the team's size, so a plan has the same bits everywhere.
@@ -49,17 +52,15 @@
 #define LPLB_INDEPENDENT
 #endif
 
-// On a GPU arrays stay in registers only where loops over them are unrolled.
-// Other loops are short; unrolled as well, they would fill the instruction cache.
+// On a GPU arrays stay in registers only where loops over them are unrolled. Other loops are short; unrolled as well,
+// they would fill the instruction cache.
 #ifdef __CUDA_ARCH__
 #define LPLB_UNROLL _Pragma("unroll")
 #define LPLB_UNROLL_16 _Pragma("unroll 16")
-#define LPLB_UNROLL_8 _Pragma("unroll 8")
 #define LPLB_LOOP _Pragma("unroll 1")
 #else
 #define LPLB_UNROLL
 #define LPLB_UNROLL_16
-#define LPLB_UNROLL_8
 #define LPLB_LOOP
 #endif
 

@@ -67,7 +67,7 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
   scratch_.halt = take(1);
   scratch_.outside = take(2);
   scratch_.before_rank = take(n_logical);
-  scratch_.prefix_begin = take(per_block);
+  scratch_.prefix = take(per_block);
   scratch_.warp_prefix = take(per_block * warps_);
   scratch_.bytes = used;
 }

@@ -47,13 +47,12 @@ class Planner {
              IterationRow* log, cudaStream_t stream) const;
   void assign(const void* indices, int index_bytes, Cut cut, int blocks, const int32_t* prefix, int source,
               const int32_t* quota, void* physical, cudaStream_t stream) const;
-  int32_t* prefix() const { return scratch_.prefix(scratch_begin_); }
+  int32_t* prefix() const { return scratch<int32_t>(scratch_.prefix); }
 
  private:
   // Where things are in the scratch memory.
   struct Scratch {
-    size_t arrived, halt, outside, before_rank, prefix_begin, warp_prefix, bytes;
-    int32_t* prefix(std::byte* base) const { return reinterpret_cast<int32_t*>(base + prefix_begin); }
+    size_t arrived, halt, outside, before_rank, prefix, warp_prefix, bytes;
   };
   template <class T>
   T* scratch(size_t offset) const {

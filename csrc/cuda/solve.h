@@ -12,10 +12,10 @@ namespace lplb::cuda {
 struct SolveKernel {
   const char* algebra;
   int threads, width;                    // width: the matrix for the group size at hand
-  void (*kernel)(const SolveArguments);  // launched with `threads` and shared_bytes()
+  void (*kernel)(const SolveArguments);  // launched with `threads` and solve_shared()
 };
 
-// For groups of n_ranks. The kernel is null where the algebra has none for this size.
+// For groups of n_ranks.
 SolveKernel builtin_kernel(int n_ranks);
 #ifdef LPLB_HAVE_CUSOLVERDX
 SolveKernel cusolverdx_kernel(int n_ranks);

@@ -89,7 +89,7 @@ LPLB_HD inline bool add_up(Team& team, const SharedGroup& g, const SolveArgument
   return !team.any(too_many) && odd < 0;  // any() is a barrier, too
 }
 
-// One block's share of a launch: block b has group b % n_groups of load b / n_groups. memory: solve_shared() bytes
+// One block's share of a launch: block b has group b % n_groups of load b / n_groups. memory: solve_block_bytes()
 // behind what the team itself wants.
 template <int kWords, class Team, class Algebra>
 LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArguments& a, int64_t block,
