@@ -4,9 +4,11 @@ An exchange gathers rows: each rank gives an int32 row and gets the table of all
 error word and a fingerprint, so that a refusal on one rank is raised on all of them.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ __all__ = ["Distributed", "Exchange", "Known", "Local", "exchange_for"]
 WORDS = 4
 """Columns behind the counts of a row: error word, which method was called, and a fingerprint in two."""
 
-RUN, SOLVE_PROBS = METHODS = 0, 1
+RUN, SOLVE_PROBS, RUN_LAGGED = METHODS = 0, 1, 2
 """Collective methods by number, so that ranks that call different ones find out."""
 
 _KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
@@ -85,6 +87,38 @@ class Distributed:
             table.copy_(carried)
             return
         self._all_gather(table, row.view(1, -1), group=self.group)  # gloo wants the dimensions of the table
+
+
+def apart(ranks: "Exchange") -> "Exchange":
+    """Return an exchange between the same ranks that keeps no order with other traffic of their group. Collective.
+
+    A process group carries one collective after the other, in the same order on all ranks; what goes on in the
+    background needs a group of its own.
+    """
+    if not isinstance(ranks, Distributed):
+        return ranks
+    members = [dist.get_global_rank(ranks.group, rank) for rank in range(ranks.size)]
+    order: dict[str, Any] = (
+        {} if members == sorted(members) else {"sort_ranks": False}
+    )  # torch sorts them, and older ones always
+    group = dist.new_group(
+        members,
+        _timeout(ranks.group),
+        backend=dist.get_backend_config(ranks.group),
+        use_local_synchronization=True,  # only the members meet: other ranks of the world may be anywhere
+        **order,
+    )
+    return Distributed(group)
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a group waits for a rank; ``None`` where torch does not tell."""
+    for device in ("cpu", "cuda"):
+        with contextlib.suppress(Exception):
+            found = group._get_backend(torch.device(device)).options._timeout
+            if isinstance(found, timedelta):
+                return found
+    return None
 
 
 class Known:

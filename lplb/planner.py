@@ -1,14 +1,16 @@
 """How a batch is shared: count, exchange, solve, assign."""
 
+import contextlib
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 
 from lplb import _C, cpu, cuda, devices, exchange, ops, topology
 from lplb.arguments import (
+    MOST_TOKENS,
     check_counter,
     check_device,
     check_history,
@@ -25,7 +27,7 @@ from lplb.eplb import rebalance_experts
 from lplb.exchange import Exchange
 from lplb.layout import Layout, checked_layout
 from lplb.placement import Placement
-from lplb.plan import Plan, checked_solver, empty_plan, report
+from lplb.plan import Plan, Rules, checked_solver, checked_split, empty_plan, report
 
 __all__ = ["Planner"]
 
@@ -75,6 +77,13 @@ class Planner:
         ranks_per_node: ranks of one server, for the node hierarchy of EPLB; by default the number of CUDA devices,
             without any ``min(8, ep_size)``.
         solver: ``"ipm"`` (interior point) or ``"flow"`` (exact, by augmenting paths).
+        split: how source ranks share out the quotas, which are met exactly either way. ``"local_first"``, the default
+            under a ``group``: a copy takes tokens of its own rank first, then of its node (``ranks_per_node``
+            consecutive ranks), then the rest. ``"plain"``: all sources share alike; without a group it makes no
+            difference.
+        min_tokens: a balance group with fewer tokens than this, of all ranks together, is not solved: its tokens take
+            the fixed split (own rank first, then own node, then all copies alike), and its status is
+            `SolveStatus.SKIPPED`. All ranks decide alike, from the counts just exchanged.
         verbose: print problem, settings and the iteration table of every solve.
 
     Raises:
@@ -99,6 +108,7 @@ class Planner:
     combined_redundant_experts: int
     """Redundant slots per rank and class."""
     _slots: Layout | None
+    _exchange_apart: Exchange | None  # where lagged exchanges meet no others; made by the first of them
 
     def __init__(
         self,
@@ -111,6 +121,8 @@ class Planner:
         device: torch.device | str | None = None,
         ranks_per_node: int | None = None,
         solver: str = "ipm",
+        split: str | None = None,
+        min_tokens: int = 0,
         verbose: bool = False,
     ) -> None:
         """See the class."""
@@ -121,7 +133,7 @@ class Planner:
             topology.check(redundant_to_original)
             self._set_ranks(ep_size, ranks_per_node)
             self._set_topology(redundant_to_original, n_routed_experts, n_logical_routed_experts)
-            self._set_solver(solver, verbose)
+            self._set_solver(solver, split, min_tokens, verbose)
             self._compile(self._identity_order(), [1.0] * self.ep_size)
 
         self._set_group(group)
@@ -141,6 +153,8 @@ class Planner:
         ranks_per_node: int | None = None,
         rank_speed: Sequence[float] | torch.Tensor | None = None,
         solver: str = "ipm",
+        split: str | None = None,
+        min_tokens: int = 0,
         verbose: bool = False,
     ) -> "Planner":
         """Return a planner for any placement, with any number of copies per expert, every copy planned separately.
@@ -156,6 +170,8 @@ class Planner:
                 the largest load / speed. Tested from 0.5 to 2; over several decades the interior point may need more
                 than eight steps.
             solver: as for `Planner`.
+            split: as for `Planner`.
+            min_tokens: as for `Planner`.
             verbose: as for `Planner`.
 
         Raises:
@@ -173,7 +189,7 @@ class Planner:
             self._slots = None
             self.r2o = self.o2r = None
             self.num_redundants = self.combined_redundant_experts = 0
-            self._set_solver(solver, verbose)
+            self._set_solver(solver, split, min_tokens, verbose)
             self._compile(placement, checked_speeds(rank_speed, self.ep_size))
 
         self._set_group(group)
@@ -187,6 +203,7 @@ class Planner:
     def _set_group(self, group: dist.ProcessGroup | Exchange | None) -> None:
         self.ep_group = group
         self._exchange = exchange.exchange_for(group)
+        self._exchange_apart = None if isinstance(self._exchange, exchange.Distributed) else self._exchange
         self._alone = isinstance(self._exchange, exchange.Local)
         self._lock = threading.Lock()
         self.deep_ep_initialized = False
@@ -223,8 +240,10 @@ class Planner:
         self.o2r = self.r2o.argsort(dim=0).int()
         self.num_redundants, self.combined_redundant_experts = classes, layout.combined
 
-    def _set_solver(self, solver: str, verbose: bool) -> None:
+    def _set_solver(self, solver: str, split: str | None, min_tokens: int, verbose: bool) -> None:
         self.solver = checked_solver(solver)
+        self.split = checked_split(split, not self._alone)
+        self.min_tokens = whole_number("min_tokens", min_tokens, 0, MOST_TOKENS)
         self.verbose = bool(verbose)
 
     def _identity_order(self) -> Placement:
@@ -238,26 +257,26 @@ class Planner:
     def _compile(self, placement: Placement, speed: list[float]) -> None:
         """Build the backend for a placement; nothing of the planner changes before all of it is ready."""
         placement.check_groups(self.group_size)
-        fingerprint = exchange.fingerprint(
-            placement.phy2log.tolist(),
-            placement.n_logical,
-            self.ep_size,
-            self.group_size,
-            speed,
-            self.solver,
-            self.device.type,
-            devices.arithmetic(self.device),
+        rules = Rules(
+            phy2log=tuple(placement.phy2log.tolist()),
+            n_ranks=self.ep_size,
+            group_size=self.group_size,
+            ranks_per_node=0 if self._alone else self.ranks_per_node,
+            split=self.split,
         )
-        settings = placement, self.group_size, speed, self.solver, self._exchange, fingerprint, self.device
+        settings = rules, speed, self.solver, self.min_tokens
+        fingerprint = exchange.fingerprint(*settings, self.device.type, devices.arithmetic(self.device))
         backend: Backend
         with torch.inference_mode(False):  # whatever mode the caller builds models in
             if self.device.type == "cuda":
-                backend = cuda.Backend(*settings, before=self.__dict__.get("_backend"))
+                before = self.__dict__.get("_backend")
+                backend = cuda.Backend(*settings, self._exchange, fingerprint, self.device, before=before)
             else:
-                backend = cpu.Backend(*settings)
+                backend = cpu.Backend(*settings, self._exchange, fingerprint, self.device)
             phy2log = placement.phy2log.to(self.device, copy=True)
         self.placement = placement
         self.phy2log = phy2log
+        self._rules = rules
         self._speed = speed
         self._backend = backend
         self._fingerprint = fingerprint
@@ -287,6 +306,13 @@ class Planner:
         return self.n_logical_routed_experts // self.ep_size
 
     @property
+    def home(self) -> torch.Tensor:
+        """The slot of each expert's original, int32 ``[n_logical]``: the owner's on a topology, else the lowest."""
+        if self._slots is None:
+            return self.placement.log2phy[:, 0].to(self.device, copy=True)
+        return self._slots.original_first(self.phy2log)[:, 0].int()
+
+    @property
     def workspace_bytes(self) -> int:
         """Bytes that the planner keeps where it works; on the CPU most are untouched while few threads run.
 
@@ -304,14 +330,14 @@ class Planner:
 
     @property
     def last_plan(self) -> Plan | None:
-        """The plan of the last `run` (a copy), or ``None`` before the first.
+        """The plan of the last `run` (a copy), or ``None`` before the first. Waits for a lagged exchange on the CPU.
 
         On CUDA the copy is made in the order of the current stream, and nothing waits until you read it.
 
         Raises:
             ValueError: a CUDA device has reported that an earlier call went wrong.
         """
-        with self._lock, self._backend.guard:
+        with self._turn():
             return self._backend.last_plan()
 
     def init_from_deep_ep(self, buffer: Any) -> None:
@@ -368,7 +394,7 @@ class Planner:
             else:
                 self._compile(self._in_order(self._packed_order(workload)), self._speed)
 
-        with self._lock, self._backend.guard:
+        with self._turn(together=True):
             before = dict(self.__dict__)
             try:
                 exchange.together(self._exchange, renew, lambda _: self._fingerprint)
@@ -409,7 +435,7 @@ class Planner:
         n_sms = whole_number("n_sms", n_sms, 1)
         per_sm = -(-idx.numel() // n_sms)
         length = max(1, -(-per_sm // _WARP_TOKENS)) * _WARP_TOKENS
-        with self._lock, self._backend.guard:
+        with self._turn():
             self._backend.check_earlier()
             return self._backend.count(idx, n_sms, length)
 
@@ -432,7 +458,7 @@ class Planner:
             TypeError, ValueError: an argument is not allowed, on any rank.
             RuntimeError: the planner was made by `from_placement`.
         """
-        with self._lock, self._backend.guard:
+        with self._turn(together=True):
             error: Exception | None = None
             try:
                 devices.refuse_capture(self.device, "solve_probs")
@@ -483,10 +509,11 @@ class Planner:
                 f"{seen(by_sm)}, allowed is int32 {list(prefix.shape)} with the counts of idx"
             )
         share = checked_share(o_weight, (self.n_group, self.group_size, self.num_redundants), self.device)
-        quota = layout.quotas(self.phy2log, count, share)
-        with self._lock, self._backend.guard:
+        plan = self._empty_plan((), self.solver)
+        plan.quota.copy_(layout.quotas(self.phy2log, count, share))
+        with self._turn():
             self._backend.check_earlier()
-            return self._backend.assign(idx, quota)
+            return self._backend.assign(idx, plan)
 
     def solve(self, workload: torch.Tensor, *, solver: str | None = None) -> Plan:
         """Plan given loads. Local: no communication; what `run` does between exchange and assignment.
@@ -507,28 +534,69 @@ class Planner:
         chosen = self.solver if solver is None else checked_solver(solver)
         loads = checked_loads(workload, self.n_logical_routed_experts, self.device)
         n_loads = loads.numel() // self.n_logical_routed_experts
-        with self._lock, self._backend.guard:
+        with self._turn():
             self._backend.check_earlier()
-            plan = empty_plan(loads.shape[:-1], self.n_routed_experts, self.ep_size, self.n_group, chosen, self.device)
+            plan = self._empty_plan(loads.shape[:-1], chosen)
             log = self._backend.new_log() if self.verbose else None
             self._backend.solve(loads, plan, log if n_loads == 1 else None)
             if self.verbose:
                 self._print(loads, plan, log if loads.dim() == 1 else None)
         return plan
 
-    def run(self, idx: torch.Tensor, avail_counter: torch.Tensor | None, n_sms: int | None = None) -> torch.Tensor:
+    @overload
+    def run(
+        self,
+        idx: torch.Tensor,
+        avail_counter: torch.Tensor | None,
+        n_sms: int | None = None,
+        *,
+        lag: int = 0,
+        return_plan: Literal[False] = False,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def run(
+        self,
+        idx: torch.Tensor,
+        avail_counter: torch.Tensor | None,
+        n_sms: int | None = None,
+        *,
+        lag: int = 0,
+        return_plan: Literal[True],
+    ) -> tuple[torch.Tensor, Plan]: ...
+
+    def run(
+        self,
+        idx: torch.Tensor,
+        avail_counter: torch.Tensor | None,
+        n_sms: int | None = None,
+        *,
+        lag: int = 0,
+        return_plan: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, Plan]:
         """Map a batch's logical expert indices to physical ones; collective under a group.
+
+        With ``lag=1`` nothing waits for an exchange: the batch is mapped by the shares of the batch before, scaled to
+        its own counts, while its own exchange and plan, for the next batch, go on beside what the caller does next: on
+        a thread, or on a stream of its own. The first such call exchanges before it returns and maps by the last plan,
+        or, without one, by the fixed split; from then on the planner's exchanges have a process group of their own.
+        What goes wrong in an exchange is raised on all ranks by their next collective call, before any work; a rank
+        whose own arguments are wrong raises at once as well.
 
         Args:
             idx: logical expert indices of this rank's tokens, int32 or int64, any shape and strides, in
                 ``[-1, n_logical)``; -1 is masked: it stays -1 and counts nowhere. May be empty.
             avail_counter: one element, int32 or int64; raised by the number of groups solved. May be ``None``.
+                With ``lag=1`` it is raised later, but before the planner's next call returns.
             n_sms: bounds the threads, on CUDA the multiprocessors that count and assign use; by default torch's number
                 of threads, or all. The result does not depend on it.
+            lag: 0, or 1 to map by the plan of the batch before.
+            return_plan: return the plan that the batch was mapped by as well. It belongs to the caller; `assign` maps
+                the batch, or another, by it again.
 
         Returns:
-            Physical expert indices, shape and dtype of ``idx``, contiguous. Over all ranks each physical expert gets
-            exactly its quota in `last_plan`.
+            Physical expert indices, shape and dtype of ``idx``, contiguous. With ``lag=0``, over all ranks each
+            physical expert gets exactly its quota in `last_plan`. With ``return_plan`` these and the `Plan`.
 
         Raises:
             TypeError, ValueError: an argument is not allowed, on any rank; the counter is then unchanged. On CUDA
@@ -537,27 +605,109 @@ class Planner:
         A compiler may drop a call whose result nobody uses, and with it its plan and its exchange.
         """
         if torch.compiler.is_compiling() or ops.is_traced(idx):
-            return ops.run(idx, avail_counter, self._handle, n_sms)
-        return self._run(idx, avail_counter, n_sms)
+            if return_plan:
+                raise RuntimeError("return_plan is True, allowed in compiled code is False: a graph holds tensors only")
+            return ops.run(idx, avail_counter, self._handle, n_sms, lag)
+        if return_plan:
+            physical, plan = self._run(idx, avail_counter, n_sms, lag, True)
+            assert plan is not None
+            return physical, plan
+        return self._run(idx, avail_counter, n_sms, lag, False)[0]
 
-    def _run(self, idx: torch.Tensor, avail_counter: torch.Tensor | None, n_sms: int | None) -> torch.Tensor:
-        with self._lock, self._backend.guard:
-            error: Exception | None = None
+    def _run(
+        self, idx: torch.Tensor, avail_counter: torch.Tensor | None, n_sms: int | None, lag: int, return_plan: bool
+    ) -> tuple[torch.Tensor, Plan | None]:
+        with self._turn(together=True):
+            backend, method = self._backend, exchange.RUN
+            error, log, counted = None, None, None
             try:
+                method = exchange.RUN_LAGGED if whole_number("lag", lag, 0, 1) else exchange.RUN
                 check_indices(idx, self.device)
                 check_counter(avail_counter, self.device)
                 if n_sms is not None:
                     n_sms = whole_number("n_sms", n_sms, 1)
-                self._backend.check_earlier()
-                if self._alone and not self.verbose:
-                    return self._backend.run(idx, avail_counter, n_sms)
-                log = self._backend.new_log() if self.verbose else None
-                counted = self._backend.count_own(idx, n_sms)
+                backend.check_earlier()
+                if self._alone and method == exchange.RUN and not self.verbose:
+                    return backend.run(idx, avail_counter, n_sms), backend.last_plan() if return_plan else None
+                log = backend.new_log() if self.verbose else None
+                counted = backend.count_own(idx, n_sms, method)
             except Exception as problem:
                 error = problem
-            self._backend.gather(exchange.RUN, error)
-            self._solve_gathered(avail_counter, log)
-            return self._backend.assign_gathered(counted)
+
+            def exchange_and_solve() -> None:
+                backend.gather(method, error)
+                self._solve_gathered(avail_counter, log)
+
+            if method == exchange.RUN:
+                exchange_and_solve()
+            assert counted is not None or error is not None
+            physical = None if counted is None else backend.assign_gathered(counted)
+            used = backend.plan_in_use() if return_plan else None
+            if method == exchange.RUN_LAGGED:
+                self._overlap(exchange_and_solve)
+            if error is not None:
+                raise error
+            assert physical is not None
+            return physical, used
+
+    def _overlap(self, work: Callable[[], None]) -> None:
+        """Let an exchange go on beside what the caller does; the first that has no group of its own makes one."""
+        if self._exchange_apart is not None:
+            self._backend.overlap.start(work)
+            return
+        work()
+        self._exchange_apart = self._exchange = exchange.apart(self._exchange)
+        self._backend.use(self._exchange)
+
+    def assign(self, idx: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Map indices by a plan made before. Local: no communication.
+
+        With the indices that the plan came from the result is that of `run`, bit for bit, so a forward pass that is
+        done again (activation checkpointing) repeats no collective. Other indices are shared out in the plan's
+        proportions, scaled to their own counts; tokens that the plan does not speak of take the fixed split.
+
+        Args:
+            idx: as for `run`.
+            plan: from ``run(..., return_plan=True)``, `last_plan` or `solve`, of a single load and of the placement
+                that the planner has now.
+
+        Returns:
+            Physical expert indices, shape and dtype of ``idx``, contiguous.
+
+        Raises:
+            TypeError, ValueError: an argument is not allowed.
+        """
+        check_indices(idx, self.device)
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan is a {type(plan).__name__}, allowed is an lplb.Plan")
+        check_device("plan.quota", plan.quota, self.device)
+        if plan.quota.dim() != 1:
+            raise ValueError(
+                f"plan is for loads of shape {list(plan.quota.shape[:-1])}, allowed is the plan of one load"
+            )
+        if plan.rules != self._rules:
+            raise ValueError(
+                "plan was made for another placement, other groups or another split than this planner has now; allowed "
+                "is a plan of this planner, made after its last re-mapping"
+            )
+        with self._turn():
+            self._backend.check_earlier()
+            return self._backend.assign(idx, plan)
+
+    @contextlib.contextmanager
+    def _turn(self, *, together: bool = False) -> Iterator[None]:
+        """One caller at a time, behind what still overlaps; ``together`` raises what went wrong in it."""
+        with self._lock, self._backend.guard:
+            overlap = self._backend.overlap
+            overlap.wait()
+            if together:
+                late = overlap.take_error()
+                if late is not None:
+                    raise late
+            yield
+
+    def _empty_plan(self, batch: Sequence[int], solver: str) -> Plan:
+        return empty_plan(batch, self._rules, solver, self.device)
 
     def _solve_gathered(self, avail_counter: torch.Tensor | None, log: torch.Tensor | None) -> None:
         self._backend.solve_gathered(avail_counter, log)
