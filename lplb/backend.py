@@ -76,8 +76,11 @@ class Backend(Protocol):
     def put_own(self, counts: torch.Tensor) -> None:
         """Take given counts for this rank's row, int64 ``[n_logical]``."""
 
-    def gather(self, method: int, error: Exception | None) -> None:
-        """Exchange this rank's row, or its error, for the table of all ranks; then raise the error. Collective."""
+    def gather(self, method: int, error: Exception | None, *, blamed: bool = True) -> None:
+        """Exchange this rank's row, or its error, for the table of all ranks; then raise the error. Collective.
+
+        An error that is not ``blamed`` is of an earlier call: this rank gives no tokens, and the others go on.
+        """
 
     def solve_gathered(self, counter: torch.Tensor | None, log: torch.Tensor | None) -> None:
         """Plan the sum of the gathered table into ``plan``, and raise the counter by the groups solved."""

@@ -118,20 +118,22 @@ class Backend:
         """Take given counts for this rank's row."""
         self._own_counts.copy_(counts)
 
-    def gather(self, method: int, error: Exception | None) -> None:
-        """Exchange this rank's row or its error for the table of all ranks, and sum the table to loads. Collective."""
+    def gather(self, method: int, error: Exception | None, *, blamed: bool = True) -> None:
+        """Exchange this rank's row or its error for the table of all ranks, and sum the table to loads. Collective.
+
+        An error that is not ``blamed`` is of an earlier call: this rank gives no tokens, and the others go on.
+        """
         table, n_logical = self._table, self._n_logical
-        if self._alone:
-            if error is not None:
-                raise error
-        else:
+        if not self._alone:
             if error is not None:
                 self._own_counts.zero_()
             self._row[n_logical:] = self._all_well[method][0]
-            self._row[n_logical] = exchange.error_word(error)
+            self._row[n_logical] = exchange.error_word(error) if blamed else 0
             self._ranks.gather(self._row, table)
             if not torch.equal(table[:, n_logical:], self._all_well[method]):
                 exchange.raise_together(self._ranks, table[:, n_logical:].tolist(), error)
+        if error is not None:
+            raise error
         most = _C.total(self._sources(), n_logical, self.loads.data_ptr())
         if most > MOST_TOKENS:
             raise ValueError(f"an expert has {most} tokens over all ranks, allowed are {MOST_TOKENS}")

@@ -253,7 +253,7 @@ class Backend:
         self._stream()
         self._rows[exchange.SOLVE_PROBS][: self._n_logical] = counts
 
-    def gather(self, method: int, error: Exception | None) -> None:
+    def gather(self, method: int, error: Exception | None, *, blamed: bool = True) -> None:
         """Exchange this rank's row or its error for the table of all ranks. Collective.
 
         A rank with an error raises it after the collective. The others find it in the table, on the device: their
@@ -268,7 +268,8 @@ class Backend:
         if error is not None:
             row = row.clone()
             row[: self._n_logical] = 0
-            row[self._n_logical] = 0 if isinstance(error, EarlierFault) else exchange.error_word(error)
+            blamed = blamed and not isinstance(error, EarlierFault)
+            row[self._n_logical] = exchange.error_word(error) if blamed else 0
         self._ranks.gather(row, self._table)
         if error is not None:
             raise error

@@ -205,6 +205,7 @@ class Planner:
         self._exchange = exchange.exchange_for(group)
         self._exchange_apart = None if isinstance(self._exchange, exchange.Distributed) else self._exchange
         self._alone = isinstance(self._exchange, exchange.Local)
+        self._raised: Exception | None = None
         self._lock = threading.Lock()
         self.deep_ep_initialized = False
 
@@ -386,6 +387,9 @@ class Planner:
         """
 
         def renew() -> None:
+            late = self._late_error()
+            if late is not None:
+                raise late
             devices.refuse_capture(self.device, "update_redundancy_mapping")
             self._layout("update_redundancy_mapping")
             self._backend.check_earlier()
@@ -394,7 +398,7 @@ class Planner:
             else:
                 self._compile(self._in_order(self._packed_order(workload)), self._speed)
 
-        with self._turn(together=True):
+        with self._turn():
             before = dict(self.__dict__)
             try:
                 exchange.together(self._exchange, renew, lambda _: self._fingerprint)
@@ -458,8 +462,8 @@ class Planner:
             TypeError, ValueError: an argument is not allowed, on any rank.
             RuntimeError: the planner was made by `from_placement`.
         """
-        with self._turn(together=True):
-            error: Exception | None = None
+        with self._turn():
+            error = late = self._late_error()
             try:
                 devices.refuse_capture(self.device, "solve_probs")
                 layout = self._layout("solve_probs")
@@ -471,7 +475,7 @@ class Planner:
                 self._backend.put_own(loads)
             except Exception as problem:
                 error = problem
-            self._backend.gather(exchange.SOLVE_PROBS, error)
+            self._backend.gather(exchange.SOLVE_PROBS, error, blamed=error is not late)
             self._solve_gathered(avail_counter, log)
             self._backend.wait()
             return layout.shares(self.phy2log, self._backend.plan.quota, self._backend.loads)
@@ -580,8 +584,8 @@ class Planner:
         its own counts, while its own exchange and plan, for the next batch, go on beside what the caller does next: on
         a thread, or on a stream of its own. The first such call exchanges before it returns and maps by the last plan,
         or, without one, by the fixed split; from then on the planner's exchanges have a process group of their own.
-        What goes wrong in an exchange is raised on all ranks by their next collective call, before any work; a rank
-        whose own arguments are wrong raises at once as well.
+        What goes wrong in an exchange is raised by the next collective call of each rank, which then takes part without
+        tokens; a rank whose own arguments are wrong raises at once instead.
 
         Args:
             idx: logical expert indices of this rank's tokens, int32 or int64, any shape and strides, in
@@ -617,9 +621,10 @@ class Planner:
     def _run(
         self, idx: torch.Tensor, avail_counter: torch.Tensor | None, n_sms: int | None, lag: int, return_plan: bool
     ) -> tuple[torch.Tensor, Plan | None]:
-        with self._turn(together=True):
+        with self._turn():
             backend, method = self._backend, exchange.RUN
-            error, log, counted = None, None, None
+            log, counted = None, None
+            error = late = self._late_error()
             try:
                 method = exchange.RUN_LAGGED if whole_number("lag", lag, 0, 1) else exchange.RUN
                 check_indices(idx, self.device)
@@ -627,25 +632,26 @@ class Planner:
                 if n_sms is not None:
                     n_sms = whole_number("n_sms", n_sms, 1)
                 backend.check_earlier()
-                if self._alone and method == exchange.RUN and not self.verbose:
-                    return backend.run(idx, avail_counter, n_sms), backend.last_plan() if return_plan else None
-                log = backend.new_log() if self.verbose else None
-                counted = backend.count_own(idx, n_sms, method)
+                if late is None:
+                    if self._alone and method == exchange.RUN and not self.verbose:
+                        return backend.run(idx, avail_counter, n_sms), backend.last_plan() if return_plan else None
+                    log = backend.new_log() if self.verbose else None
+                    counted = backend.count_own(idx, n_sms, method)
             except Exception as problem:
                 error = problem
 
             def exchange_and_solve() -> None:
-                backend.gather(method, error)
+                backend.gather(method, error, blamed=error is not late)
                 self._solve_gathered(avail_counter, log)
 
             if method == exchange.RUN:
                 exchange_and_solve()
-            assert counted is not None or error is not None
             physical = None if counted is None else backend.assign_gathered(counted)
             used = backend.plan_in_use() if return_plan else None
             if method == exchange.RUN_LAGGED:
                 self._overlap(exchange_and_solve)
             if error is not None:
+                self._raised = error
                 raise error
             assert physical is not None
             return physical, used
@@ -695,16 +701,17 @@ class Planner:
             return self._backend.assign(idx, plan)
 
     @contextlib.contextmanager
-    def _turn(self, *, together: bool = False) -> Iterator[None]:
-        """One caller at a time, behind what still overlaps; ``together`` raises what went wrong in it."""
+    def _turn(self) -> Iterator[None]:
+        """One caller at a time, behind what still overlaps."""
         with self._lock, self._backend.guard:
-            overlap = self._backend.overlap
-            overlap.wait()
-            if together:
-                late = overlap.take_error()
-                if late is not None:
-                    raise late
+            self._backend.overlap.wait()
             yield
+
+    def _late_error(self) -> Exception | None:
+        """What went wrong in an overlapped exchange, once; not what this rank has raised of itself already."""
+        late, raised = self._backend.overlap.take_error(), self._raised
+        self._raised = None
+        return None if late is raised else late
 
     def _empty_plan(self, batch: Sequence[int], solver: str) -> Plan:
         return empty_plan(batch, self._rules, solver, self.device)
