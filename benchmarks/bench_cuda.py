@@ -340,10 +340,7 @@ def bench_solve(case: Solve, solver: str, linalg: str, flush: torch.Tensor) -> l
     loads = [p.loads[[(i + k) % SETS for k in range(case.layers)]].reshape(*shape, -1) for i in range(SETS)]
     wanted = [on_cpu.solve(load, solver=solver) for load in loads]
     backend, there = planner._backend, [load.to(DEVICE) for load in loads]
-    n_groups = p.placement.n_ranks // p.group_size
-    plans = [
-        empty_plan(shape, p.placement.n_physical, p.placement.n_ranks, n_groups, solver, planner.device) for _ in loads
-    ]
+    plans = [empty_plan(shape, planner._rules, solver, planner.device) for _ in loads]
 
     def call(i: int) -> Call:
         return lambda: backend.solve(there[i], plans[i], None)
