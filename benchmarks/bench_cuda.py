@@ -373,7 +373,13 @@ def bench_solve(case: Solve, solver: str, linalg: str, flush: torch.Tensor) -> l
         rows = [row(name, times, SETS, bar_us=case.bar, cpu_us=cpu, of=facts)]
         if solver == "ipm":
             rows[0].note = f"{iterations:.1f} iterations"
-        if case.layers == 1 and case.bar is not None and n_groups == 1 and linalg == "builtin" and solver == "ipm":
+        if (
+            case.layers == 1
+            and case.bar is not None
+            and planner.n_group == 1
+            and linalg == "builtin"
+            and solver == "ipm"
+        ):
             rows.append(cold_row(f"{name}, cold", calls[:8], flush))
     return rows
 
