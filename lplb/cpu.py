@@ -112,9 +112,10 @@ class Backend:
                 self._own_counts.zero_()
             self._row[n_logical:] = self._all_well[method][0]
             self._row[n_logical] = exchange.error_word(error)
-            self._ranks.gather(self._row, table)
-            if not torch.equal(table[:, n_logical:], self._all_well[method]):
-                exchange.raise_together(self._ranks, table[:, n_logical:].tolist(), error)
+            with exchange.turn(self._ranks):
+                exchange.gather(self._ranks, method, self._row, table)
+                if not torch.equal(table[:, n_logical:], self._all_well[method]):
+                    exchange.raise_together(self._ranks, table[:, n_logical:].tolist(), error)
         most = _C.total(table.data_ptr(), table.shape[1], self._ranks.size, n_logical, self.loads.data_ptr())
         if most > MOST_TOKENS:
             raise ValueError(f"an expert has {most} tokens over all ranks, allowed are {MOST_TOKENS}")

@@ -54,8 +54,9 @@ class Faults:
             self._words[1] = 0
             raise EarlierFault(
                 f"rank {differing - 1} refused its input, has another placement or other settings than this rank, or "
-                f"called another method, in an earlier call, whose results are all -1. Rank {differing - 1} says what "
-                "it was where it raised; allowed is the same placement, settings and method on every rank"
+                "called another method, or another planner of the group, in an earlier call, whose results are all -1. "
+                f"Rank {differing - 1} says what it was where it raised; allowed is the same placement, settings and "
+                "method on every rank, and where several threads call planners of one group, one order of calls"
             )
         if too_many:
             self._words[2] = 0
@@ -257,7 +258,7 @@ class Backend:
             row = row.clone()
             row[: self._n_logical] = 0
             row[self._n_logical] = 0 if isinstance(error, EarlierFault) else exchange.error_word(error)
-        self._ranks.gather(row, self._table)
+        exchange.gather(self._ranks, method, row, self._table)
         if error is not None:
             raise error
 
