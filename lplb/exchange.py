@@ -287,8 +287,8 @@ def raise_together(exchange: Exchange, words: Sequence[Sequence[int]], error: Ex
         raise ValueError(
             f"rank {odd} has another placement or other settings than rank 0, or called another method, or another "
             "planner of the group; allowed is the same on every rank (r2o or placement and its order, expert counts, "
-            "rank_speed, solver), and, where several threads call planners of one group, the same order of calls on "
-            "every rank: give each thread a process group of its own"
+            "rank_speed, solver, nodes of a DeepEP buffer), and, where several threads call planners of one group, one "
+            "order of calls on every rank: give each thread a process group of its own"
         )
 
 

@@ -286,7 +286,6 @@ class Planner:
         """Build the backend again; the last plan is not kept."""
         devices.check_backend("device", state["device"])
         self.__dict__.update(state)
-        self._number = exchange.number_planner(self._exchange)
         self._lock = threading.Lock()
         self._compile(self.placement, self._speed)
         self._handle = ops.handle_of(self, self._fingerprint)
