@@ -278,7 +278,7 @@ def give_other_groups(rank):
     try:
         mixed = dist.new_group([3, 1, 0, 2], sort_ranks=False)
     except TypeError:
-        mixed = None  # torch before 2.10 has every group in order
+        mixed = None  # this torch puts every group in order
     record = {}
     planner = ring_planner(SIZE, dist.group.WORLD)
     record["size"] = call(planner.init_from_deep_ep, Buffer(pairs[rank // 2]))
