@@ -129,9 +129,10 @@ class Backend:
                 self._own_counts.zero_()
             self._row[n_logical:] = self._all_well[method][0]
             self._row[n_logical] = exchange.error_word(error) if blamed else 0
-            self._ranks.gather(self._row, table)
-            if not torch.equal(table[:, n_logical:], self._all_well[method]):
-                exchange.raise_together(self._ranks, table[:, n_logical:].tolist(), error)
+            with exchange.turn(self._ranks):
+                exchange.gather(self._ranks, method, self._row, table)
+                if not torch.equal(table[:, n_logical:], self._all_well[method]):
+                    exchange.raise_together(self._ranks, table[:, n_logical:].tolist(), error)
         if error is not None:
             raise error
         most = _C.total(self._sources(), n_logical, self.loads.data_ptr())

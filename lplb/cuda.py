@@ -55,8 +55,9 @@ class Faults:
             self._words[1] = 0
             raise EarlierFault(
                 f"rank {differing - 1} refused its input, has another placement or other settings than this rank, or "
-                f"called another method, in an earlier call, whose results are all -1. Rank {differing - 1} says what "
-                "it was where it raised; allowed is the same placement, settings and method on every rank"
+                "called another method, or another planner of the group, in an earlier call, whose results are all -1. "
+                f"Rank {differing - 1} says what it was where it raised; allowed is the same placement, settings and "
+                "method on every rank, and where several threads call planners of one group, one order of calls"
             )
         if too_many:
             self._words[2] = 0
@@ -270,7 +271,7 @@ class Backend:
             row[: self._n_logical] = 0
             blamed = blamed and not isinstance(error, EarlierFault)
             row[self._n_logical] = exchange.error_word(error) if blamed else 0
-        self._ranks.gather(row, self._table)
+        exchange.gather(self._ranks, method, row, self._table)
         if error is not None:
             raise error
 

@@ -220,11 +220,9 @@ def checked_solver(solver: str) -> str:
     return solver
 
 
-def checked_split(split: str | None, has_sources: bool) -> str:
-    """Return how sources share out quotas: own rank and node first where ranks are known, unless told otherwise."""
-    if split is None:
-        return "local_first" if has_sources else "plain"
-    if not isinstance(split, str) or split not in SPLITS:
+def checked_split(split: str | None) -> str | None:
+    """Return how sources share out quotas, ``None`` for the default, or refuse it."""
+    if split is not None and (not isinstance(split, str) or split not in SPLITS):
         raise ValueError(f"split is {split!r}, allowed is 'local_first', 'plain' or None")
     return split
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 import torch.distributed as dist
 
-from lplb import _C, cpu, cuda, devices, exchange, ops, topology
+from lplb import cpu, cuda, deep_ep, devices, exchange, ops, topology
 from lplb.arguments import (
     MOST_TOKENS,
     check_counter,
@@ -43,9 +43,13 @@ class Planner:
     Per rank the layout is: first the rank's own logical experts, then its redundant slots; redundant slot
     ``c * n_redundants + k`` of rank ``r`` copies own slot ``c * n_redundants + k`` of rank ``r2o[r, k]``.
 
-    Under a ``group`` the constructor, `update_redundancy_mapping`, `solve_probs` and `run` are collective: every rank
-    calls them, in the same order, and an error on one rank is raised on all; in `run` on CUDA later than on that rank,
-    see below. A planner may be used from several threads; they take turns.
+    Under a ``group`` the constructor, `update_redundancy_mapping`, `init_from_deep_ep`, `solve_probs` and `run` are
+    collective: every rank calls them, in the same order, with no tokens too (`run_idle`), and an error on one rank is
+    raised on all; in `run` on CUDA later than on that rank, see below. A rank that is lost makes the others raise
+    RuntimeError within the group's timeout.
+
+    A planner may be used from several threads; they take turns. Calls of two planners of one group must come in one
+    order on all ranks: threads that race are refused on all of them (ValueError). Give each thread a group of its own.
 
     On CUDA all work goes to the caller's current stream, and `run` and `count_workload` never wait for the device:
 
@@ -139,7 +143,7 @@ class Planner:
         self._set_group(group)
         where = getattr(redundant_to_original, "device", None) if device is None else device
         with devices.made_current(where):
-            exchange.together(self._exchange, build, lambda _: self._fingerprint)
+            self._agree_on(build)
         self._handle = ops.handle_of(self, self._fingerprint)
 
     @classmethod
@@ -194,20 +198,31 @@ class Planner:
 
         self._set_group(group)
         with devices.made_current(device):
-            exchange.together(self._exchange, build, lambda _: self._fingerprint)
+            self._agree_on(build)
         self._handle = ops.handle_of(self, self._fingerprint)
         return self
 
     # ---- construction
 
     def _set_group(self, group: dist.ProcessGroup | Exchange | None) -> None:
+        self._set_exchange(group)
+        self._lock = threading.Lock()
+        self._buffer_ranks: deep_ep.BufferRanks | None = None
+        self.deep_ep_initialized = False
+
+    def _set_exchange(self, group: dist.ProcessGroup | Exchange | None) -> None:
         self.ep_group = group
         self._exchange = exchange.exchange_for(group)
         self._exchange_apart = None if isinstance(self._exchange, exchange.Distributed) else self._exchange
         self._alone = isinstance(self._exchange, exchange.Local)
         self._raised: Exception | None = None
-        self._lock = threading.Lock()
-        self.deep_ep_initialized = False
+        self._number = exchange.number_planner(self._exchange)
+
+    def _agree_on(self, build: Callable[[], None]) -> None:
+        """Build on every rank or raise on every rank. Collective."""
+        with exchange.turn(self._exchange):
+            exchange.together(self._exchange, build, lambda _: self._fingerprint)
+            exchange.widen(self._exchange, self.n_logical_routed_experts)
 
     def _set_device(self, device: torch.device | str) -> None:
         devices.check_backend("device", torch.device(device))
@@ -243,7 +258,7 @@ class Planner:
 
     def _set_solver(self, solver: str, split: str | None, min_tokens: int, verbose: bool) -> None:
         self.solver = checked_solver(solver)
-        self.split = checked_split(split, not self._alone)
+        self._split = checked_split(split)
         self.min_tokens = whole_number("min_tokens", min_tokens, 0, MOST_TOKENS)
         self.verbose = bool(verbose)
 
@@ -266,7 +281,7 @@ class Planner:
             split=self.split,
         )
         settings = rules, speed, self.solver, self.min_tokens
-        fingerprint = exchange.fingerprint(*settings, self.device.type, devices.arithmetic(self.device))
+        fingerprint = exchange.fingerprint(*settings, self.device.type, devices.arithmetic(self.device), self._number)
         backend: Backend
         with torch.inference_mode(False):  # whatever mode the caller builds models in
             if self.device.type == "cuda":
@@ -307,6 +322,11 @@ class Planner:
         return self.n_logical_routed_experts // self.ep_size
 
     @property
+    def split(self) -> str:
+        """How source ranks share out the quotas: ``"local_first"`` or ``"plain"``."""
+        return self._split or ("plain" if self._alone else "local_first")
+
+    @property
     def home(self) -> torch.Tensor:
         """The slot of each expert's original, int32 ``[n_logical]``: the owner's on a topology, else the lowest."""
         if self._slots is None:
@@ -342,27 +362,54 @@ class Planner:
             return self._backend.last_plan()
 
     def init_from_deep_ep(self, buffer: Any) -> None:
-        """Take group and node structure from a DeepEP buffer. Idempotent.
+        """Take group and node structure from a DeepEP buffer: counts travel over its group from now on. Collective.
+
+        With a buffer that says the same as the one before it does nothing, and sends nothing: call it as often as you
+        like. With one that says something else it starts anew, as the first time. Planner and buffer must have the
+        same ranks in the same order. A planner without a group asks the other ranks over the buffer's.
+
+        `last_plan` is ``None`` afterwards, and captured graphs must be captured anew; the placement stays.
+        ``ranks_per_node`` is the buffer's: for the split at once, for EPLB with the next `update_redundancy_mapping`.
 
         Args:
-            buffer: a ``deep_ep.Buffer``.
+            buffer: a ``deep_ep.Buffer`` or ``deep_ep.ElasticBuffer``, or what has its interface: see `lplb.deep_ep`.
 
         Raises:
-            RuntimeError: always in this version, which reads no DeepEP buffers; the message lists what is missing.
+            TypeError: it is something else. On this rank only where neither planner nor buffer has a process group.
+            ValueError: it was destroyed, contradicts itself, or has other ranks than the planner, on any rank.
+            RuntimeError: a CUDA graph is being captured; see also `Planner`.
         """
-        missing = []
+        with self._turn():
+            if self._has_ranks_of(buffer):
+                return
+            devices.refuse_capture(self.device, "init_from_deep_ep")
+            asked = exchange.Distributed(deep_ep.group_of(buffer)) if self._alone else self._exchange
+
+            late = self._late_error()
+
+            def read() -> deep_ep.BufferRanks:
+                if late is not None:
+                    raise late
+                found = deep_ep.read(buffer)
+                deep_ep.check_ranks(found, self.ep_size, asked)
+                return found
+
+            before = dict(self.__dict__)
+            try:
+                found = exchange.together(asked, read, lambda f: exchange.fingerprint(f.ranks_per_node))
+                self._set_exchange(found.group)
+                self.ranks_per_node = found.ranks_per_node
+                self._agree_on(lambda: self._compile(self.placement, self._speed))
+                self._buffer_ranks, self.deep_ep_initialized = found, True
+            except BaseException:
+                self.__dict__.update(before)
+                raise
+
+    def _has_ranks_of(self, buffer: Any) -> bool:
         try:
-            import deep_ep  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
-        except ImportError:
-            missing.append("the package deep_ep (https://github.com/deepseek-ai/DeepEP)")
-        if not torch.cuda.is_available():
-            missing.append("a CUDA device and a torch with CUDA")
-        if not _C.cuda:
-            missing.append("an lplb with its CUDA backend (this build has the CPU backend only)")
-        missing.append("a version of lplb that reads DeepEP's buffers, as this one does not")
-        raise RuntimeError(
-            f"init_from_deep_ep needs {', and '.join(missing)}. Without DeepEP give Planner a torch.distributed group."
-        )
+            return self._buffer_ranks is not None and deep_ep.read(buffer) == self._buffer_ranks
+        except Exception:  # raised again where all ranks hear of it
+            return False
 
     # ---- placement
 
@@ -617,6 +664,25 @@ class Planner:
             assert plan is not None
             return physical, plan
         return self._run(idx, avail_counter, n_sms, lag, False)[0]
+
+    def run_idle(self, avail_counter: torch.Tensor | None = None, *, lag: int = 0) -> None:
+        """Take part, without tokens, in a `run` of the other ranks; collective under a group.
+
+        For data-parallel ranks that have nothing to do: every rank takes part in every batch and layer, and a rank
+        that skips a layer calls this in the place of `run`. The others' batches are planned as if this rank had called
+        `run` with no index. Its weights still serve their tokens: it goes on to dispatch like any other.
+
+        Args:
+            avail_counter: as for `run`.
+            lag: as for `run`, and the same on all ranks.
+
+        Raises:
+            TypeError, ValueError: as `run`.
+            RuntimeError: it is being compiled. Nothing would depend on it, and a compiler would drop it.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError("run_idle is called in a compiled function, allowed is outside of torch.compile")
+        self.run(torch.empty(0, dtype=torch.int64, device=self.device), avail_counter, lag=lag)
 
     def _run(
         self, idx: torch.Tensor, avail_counter: torch.Tensor | None, n_sms: int | None, lag: int, return_plan: bool
