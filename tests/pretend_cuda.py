@@ -141,6 +141,7 @@ def pretend(set_attribute=setattr):
     set_attribute(torch.cuda, "device", lambda device: contextlib.nullcontext())
     set_attribute(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     set_attribute(torch.cuda, "current_stream", lambda device=None: state.stream)
+    set_attribute(torch.cuda, "Stream", lambda device: Stream(99))
     set_attribute(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     set_attribute(torch.Tensor, "record_stream", lambda tensor, stream: None)
     return state

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import ranks_per_node
-from pretend_cuda import Stream, pretend
+from pretend_cuda import pretend
 from reference import split_reference
 from test_assign import fixed_shares, go_on
 from test_bad_input import refused
@@ -22,7 +22,6 @@ N_LOGICAL = 64
 def backend(request, monkeypatch):
     if request.param == "pretended":
         pretend(monkeypatch.setattr)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(99))
     return request.param
 
 
@@ -195,7 +194,6 @@ def test_a_compiled_call_may_lag():
 def lagged_calls(rank, size, device, node):
     if device == "pretended":
         pretend()
-        torch.cuda.Stream = lambda device: Stream(99)
     planner = ring_planner(size, dist.group.WORLD, ranks_per_node=node)
     rows = []
     for call in range(5):
