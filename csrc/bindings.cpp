@@ -43,6 +43,14 @@ int64_t solve(Planner& p, Address loads, int64_t batch, int solver, std::array<A
                  at<lplb::IterationRow>(log), threads);
 }
 
+int64_t solve_traffic(Planner& p, Address counts, int64_t stride, int ranks_per_node, double weight,
+                      std::array<Address, 7> out, Address log) {
+  const PlanArrays arrays = plan_at(out);
+  py::gil_scoped_release release;
+  return p.solve_traffic({at<const int32_t>(counts), stride}, ranks_per_node, weight, arrays,
+                         at<lplb::IterationRow>(log));
+}
+
 void assign(Planner& p, Address indices, int index_bytes, std::tuple<int64_t, int, int64_t> chunks, Address prefix,
             Address counts, int64_t stride, int source, Address quota, Address physical, int threads) {
   const Chunks c{std::get<0>(chunks), std::get<1>(chunks), std::get<2>(chunks)};
@@ -190,6 +198,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("max_group_size") = lplb::kMaxGroup;
   m.attr("max_iterations") = lplb::kMaxIterations;
   m.attr("gap_tolerance") = lplb::kGapTolerance;
+  m.attr("node_cost") = lplb::kNodeCost;
   m.attr("log_fields") = py::make_tuple("objective", "bound", "gap", "mu", "step_primal", "step_dual");
   m.attr("instruction_set") = lplb::cpu::best_instruction_set().name;
 #ifdef LPLB_HAVE_CUDA
@@ -222,6 +231,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("threads"))
       .def("solve", &solve, py::arg("loads"), py::arg("batch"), py::arg("solver"), py::arg("out"), py::arg("log"),
            py::arg("threads"))
+      .def("solve_traffic", &solve_traffic, py::arg("counts"), py::arg("stride"), py::arg("ranks_per_node"),
+           py::arg("weight"), py::arg("out"), py::arg("log"))
       .def("assign", &assign, py::arg("indices"), py::arg("index_bytes"), py::arg("chunks"), py::arg("prefix"),
            py::arg("counts"), py::arg("stride"), py::arg("source"), py::arg("quota"), py::arg("physical"),
            py::arg("threads"));

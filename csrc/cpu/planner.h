@@ -43,6 +43,10 @@ class Planner {
   int64_t solve(const int64_t* loads, int64_t batch, Solver solver, const PlanArrays& out, IterationRow* log,
                 int threads);
 
+  // Plans one load, the sums of all ranks' counts, with a cost on traffic; see Traffic in core/ipm_traffic.h. On one
+  // thread. out and log are as for solve(). Returns how many groups were solved.
+  int64_t solve_traffic(RankCounts counts, int ranks_per_node, double weight, const PlanArrays& out, IterationRow* log);
+
   // Maps the tokens of rank `source`; prefix as count() left it. An expert's quotas sum to its total over all ranks.
   // `physical` may be `indices` itself.
   template <class Index>
@@ -59,6 +63,8 @@ class Planner {
   size_t memory_size_ = 0;
   std::unique_ptr<std::byte[]> memory_;
   std::vector<Workspace> workspaces_;  // [max_threads, n_groups]; groups of one thread share their memory
+  std::vector<Parts> parts_;           // [n_groups], all in the same memory
+  int64_t* loads_;                     // [n_logical] of solve_traffic()
   std::vector<Share*> shares_;         // [max_threads] n_physical + 1 each
   std::vector<int32_t*> counters_;     // [max_threads] n_logical + 1 each
 };
