@@ -73,9 +73,7 @@ class CpuPlanner:
         ``[n_groups, max_iterations + 1, len(log_fields)]`` for a batch of one.
         """
 
-    def solve_traffic(
-        self, loads: int, table: _Table, fewest: int, weight: float, out: Sequence[int], log: int
-    ) -> int:
+    def solve_traffic(self, loads: int, table: _Table, fewest: int, weight: float, out: Sequence[int], log: int) -> int:
         """`solve` of one load, the table's sums, with a cost on traffic: in each group this minimises
 
             max_load + weight * (tokens across nodes + node_cost * tokens across ranks of a node) / sum of speeds
