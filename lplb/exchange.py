@@ -158,13 +158,22 @@ def error_word(error: Exception | None) -> int:
     return 1 + next((i for i, kind in enumerate(_KINDS) if isinstance(error, kind)), len(_KINDS) - 1)
 
 
-def raise_together(exchange: Exchange, words: Sequence[Sequence[int]], error: Exception | None) -> None:
+OTHER_SETTINGS = (
+    "another placement or other settings than rank 0, or called another method; allowed is the same on every rank (r2o "
+    "or placement and its order, expert counts, rank_speed, solver)"
+)
+
+
+def raise_together(
+    exchange: Exchange, words: Sequence[Sequence[int]], error: Exception | None, has: str = OTHER_SETTINGS
+) -> None:
     """Raise on every rank if any rank has an error or another fingerprint. Collective in that case only.
 
     Args:
         exchange: the ranks.
         words: for every rank its `WORDS` last columns: all ranks see the same.
         error: this rank's own error, which it raises as it is.
+        has: what a rank with another fingerprint has.
 
     Raises:
         ValueError, TypeError, RuntimeError: as the first rank in trouble; its message names that rank.
@@ -178,10 +187,7 @@ def raise_together(exchange: Exchange, words: Sequence[Sequence[int]], error: Ex
         raise kind(f"rank {failed[0]} refused its input, so no rank goes on: {message}")
     odd = next((rank for rank, row in enumerate(words) if tuple(row[1:]) != tuple(words[0][1:])), None)
     if odd is not None:
-        raise ValueError(
-            f"rank {odd} has another placement or other settings than rank 0, or called another method; allowed is the "
-            "same on every rank (r2o or placement and its order, expert counts, rank_speed, solver)"
-        )
+        raise ValueError(f"rank {odd} has {has}")
 
 
 def _message_of(exchange: Exchange, rank: int, error: Exception | None) -> str:
@@ -195,7 +201,9 @@ def _message_of(exchange: Exchange, rank: int, error: Exception | None) -> str:
     return bytes(table[rank].numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
 
 
-def together(exchange: Exchange, action: Callable[[], T], print_of: Callable[[T], tuple[int, int]]) -> T:
+def together(
+    exchange: Exchange, action: Callable[[], T], print_of: Callable[[T], tuple[int, int]], has: str = OTHER_SETTINGS
+) -> T:
     """Run ``action`` on every rank; if it fails on one, or its fingerprint differs, all ranks raise. Collective."""
     if isinstance(exchange, Local):
         return action()
@@ -209,5 +217,5 @@ def together(exchange: Exchange, action: Callable[[], T], print_of: Callable[[T]
     table = torch.zeros(exchange.size, WORDS, dtype=torch.int32, device="cpu")
     row = torch.tensor([error_word(error), 0, *words], dtype=torch.int32, device="cpu")
     exchange.gather(row, table)
-    raise_together(exchange, table.tolist(), error)
+    raise_together(exchange, table.tolist(), error, has)
     return result
