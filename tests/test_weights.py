@@ -146,7 +146,7 @@ def test_moves_between_balances_senders():
 
 def test_moves_between_refuses():
     two = Placement([0, 1], 1)
-    with pytest.raises(TypeError, match="after is a list, allowed is an lplb.Placement"):
+    with pytest.raises(TypeError, match="after is a list, allowed is an"):
         moves_between(two, [0])
     with pytest.raises(ValueError, match="after has 2 ranks, allowed is as many as before, 1"):
         moves_between(two, Placement([0, 1], 2))
@@ -472,10 +472,8 @@ def test_sources_and_targets_that_share_memory(sick_group):
     for rank, (_, record) in enumerate(sick_group):
         assert record["shared"][0] == "ValueError"
         assert "into shares memory with the source in another order" in record["shared"][1]
-        assert record["aliased"] == (
-            (1, *[(8 * 2 + 2, 0), (18, 18), (0, 18)][rank]),
-            [[0] * 3, [0, 1, 1], [2, 1, 2]][rank],
-        )
+        moved = (1, *[(18, 0), (18, 18), (0, 18)][rank])
+        assert record["aliased"] == (moved, [[0, 0, 0], [0, 1, 1], [2, 1, 2]][rank])
         assert record["changed"][0] == "ValueError"
         assert record["group"] == (
             "TypeError", "group is a str, allowed is a torch.distributed.ProcessGroup or None"

@@ -301,7 +301,6 @@ class ReplicaSync:
             self._sum_up(gradients, present, received)
             for slot in self.replica_slots:
                 gradients.clear(slot)
-        self._mover.agree_on_end("reducing gradients")
 
     def _messages(
         self, gradients: ExpertGradients, present: torch.Tensor, buffers: list[torch.Tensor]
