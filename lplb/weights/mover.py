@@ -119,8 +119,9 @@ class WeightMover:
 
         Raises:
             TypeError, ValueError: an argument is not allowed, or another on another rank. Nothing has been moved.
-            RuntimeError: a rank is lost, or later than the group's time-out: then the group is of no use any more.
-                Targets hold the old or the new expert; with ``into`` of its own memory, sources are as before.
+            RuntimeError: a rank is lost, or later than the group's time-out: then the group is of no use any more. Or
+                a copy failed on one rank, whose error all raise. Targets are not to be used then; with ``into`` of its
+                own memory, sources are as before.
         """
         return Moved.total(self.rounds(moves, into))
 
