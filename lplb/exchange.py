@@ -33,7 +33,7 @@ _NAMES = {
     RUN: "run",
     RUN_LAGGED: "run with lag=1",
     SOLVE_PROBS: "solve_probs",
-    AGREE: "making or changing a planner (constructor, update_redundancy_mapping or init_from_deep_ep)",
+    AGREE: "an agreement (constructors, update_redundancy_mapping, init_from_deep_ep, lplb.weights)",
     MESSAGE: "telling the other ranks what one refused",
 }
 
@@ -298,7 +298,17 @@ def error_word(error: Exception | None) -> int:
     return 1 + next((i for i, kind in enumerate(_KINDS) if isinstance(error, kind)), len(_KINDS) - 1)
 
 
-def raise_together(exchange: Exchange, words: Sequence[Sequence[int]], error: Exception | None) -> None:
+OTHER_SETTINGS = (
+    "another placement or other settings than rank 0, or called another method, or another planner of the group; "
+    "allowed is the same on every rank (r2o or placement and its order, expert counts, rank_speed, solver, split, "
+    "ranks_per_node, min_tokens, traffic_weight), and, where several threads call planners of one group, one order of "
+    "calls on every rank: give each thread a process group of its own"
+)
+
+
+def raise_together(
+    exchange: Exchange, words: Sequence[Sequence[int]], error: Exception | None, has: str = OTHER_SETTINGS
+) -> None:
     """Raise on every rank if any rank has an error or another fingerprint. Collective in that case only.
 
     To be called within the `turn` of the gather that the words are from.
@@ -307,6 +317,7 @@ def raise_together(exchange: Exchange, words: Sequence[Sequence[int]], error: Ex
         exchange: the ranks.
         words: for every rank its `WORDS` last columns: all ranks see the same.
         error: this rank's own error, which it raises as it is.
+        has: what a rank with another fingerprint has.
 
     Raises:
         ValueError, TypeError, RuntimeError: as the first rank in trouble; its message names that rank.
@@ -320,12 +331,7 @@ def raise_together(exchange: Exchange, words: Sequence[Sequence[int]], error: Ex
         raise kind(f"rank {failed[0]} refused its input, so no rank goes on: {message}")
     odd = next((rank for rank, row in enumerate(words) if tuple(row[1:]) != tuple(words[0][1:])), None)
     if odd is not None:
-        raise ValueError(
-            f"rank {odd} has another placement or other settings than rank 0, or called another method, or another "
-            "planner of the group; allowed is the same on every rank (r2o or placement and its order, expert counts, "
-            "rank_speed, solver, nodes of a DeepEP buffer), and, where several threads call planners of one group, one "
-            "order of calls on every rank: give each thread a process group of its own"
-        )
+        raise ValueError(f"rank {odd} has {has}")
 
 
 def _message_of(exchange: Exchange, rank: int, error: Exception | None) -> str:
@@ -344,7 +350,9 @@ def _message_of(exchange: Exchange, rank: int, error: Exception | None) -> str:
     return bytes(table[rank].numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
 
 
-def together(exchange: Exchange, action: Callable[[], T], print_of: Callable[[T], tuple[int, int]]) -> T:
+def together(
+    exchange: Exchange, action: Callable[[], T], print_of: Callable[[T], tuple[int, int]], has: str = OTHER_SETTINGS
+) -> T:
     """Run ``action`` on every rank; if it fails on one, or its fingerprint differs, all ranks raise. Collective."""
     if isinstance(exchange, Local):
         return action()
@@ -359,5 +367,5 @@ def together(exchange: Exchange, action: Callable[[], T], print_of: Callable[[T]
     row = torch.tensor([error_word(error), AGREE, *words], dtype=torch.int32, device="cpu")
     with turn(exchange):
         gather(exchange, AGREE, row, table)
-        raise_together(exchange, table.tolist(), error)
+        raise_together(exchange, table.tolist(), error, has)
     return result
