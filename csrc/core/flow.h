@@ -197,16 +197,44 @@ inline constexpr double kSlack = 1e-12;  // of a mean rank load, which is 1
 template <class AnyGroup>
 LPLB_HD inline void fill(const AnyGroup& g, int e, double tokens, const double* limit, double* y, double* load) {
   const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
-  LPLB_LOOP
-  for (int p = begin; p < end; ++p) {
-    const int r = g.replica_rank[p];
-    const double room = limit[r] > load[r] ? limit[r] - load[r] : 0.0;
-    y[p] = room < tokens ? room : tokens;
-    load[r] += y[p];
-    tokens -= y[p];
-  }
+  struct Place {
+    int r;
+    double load, room;
+  };
+  in_order<4>(
+      begin, end,
+      [&](int p) {
+        const int r = g.replica_rank[p];  // no other copy's
+        return Place{r, load[r], limit[r] - load[r]};
+      },
+      [&](int p, Place at) {
+        const double room = at.room > 0.0 ? at.room : 0.0, taken = room < tokens ? room : tokens;
+        y[p] = taken;
+        load[at.r] = at.load + taken;
+        tokens -= taken;
+      });
+  if (!(tokens > 0.0)) return;
   y[begin] += tokens;
   load[g.replica_rank[begin]] += tokens;
+}
+
+// All experts, in their order, or a wave at a time, which comes to the same.
+template <class Warp, class AnyGroup>
+LPLB_HD inline void fill_all(Warp& warp, const AnyGroup& g, const double* w, const double* limit, double* y,
+                             double* load) {
+  if constexpr (Warp::kSolo) {
+    for (int e = 0; e < g.n_experts; ++e) fill(g, e, w[e], limit, y, load);
+  } else {
+    LPLB_LOOP
+    for (int wave = 0; wave < g.n_waves; ++wave) {
+      const int begin = g.wave_begin[wave];
+      warp.each(g.wave_begin[wave + 1] - begin, [&](int i) {
+        const int e = g.wave_expert[begin + i];
+        fill(g, e, w[e], limit, y, load);
+      });
+      warp.sync();
+    }
+  }
 }
 
 // What only the ranks in `set` can take, in whole tokens. single_tokens: a_r in whole tokens.
@@ -237,9 +265,7 @@ LPLB_HD inline FlowOutcome bottleneck_flow(Warp& warp, const AnyGroup& g, const 
     f.limit[r] = t * g.speed[r];
   });
   warp.sync();
-  if (warp.rank() == 0)
-    for (int e = 0; e < g.n_experts; ++e) flow::fill(g, e, x.w[e], f.limit, f.y, f.load);
-  warp.sync();
+  flow::fill_all(warp, g, x.w, f.limit, f.y, f.load);
   f.find_reach();
 
   FlowOutcome out{0.0, 0.0, 0};
