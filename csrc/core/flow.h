@@ -77,62 +77,83 @@ struct Flow {
     if (warp.rank() == 0) s.write(reach + kWords * r);
   }
 
-  // The replica with most tokens on rank `from` whose expert has a replica on rank `to`.
-  LPLB_HD int carrier(int from, int to) {
-    const int i = first_of_largest(warp, g.rank_begin[from], g.rank_begin[from + 1], [&](int k) {
-      const Num tokens = y[g.rank_replica[k]];
-      return tokens > slack && held_with(k).has(to) ? order(tokens) : 0;
-    });
-    return g.rank_replica[i];
+  // The replica with most tokens on rank `from`, the first of equals, whose expert has a replica on rank `to`. By one
+  // member.
+  LPLB_HD int carrier(int from, int to) const {
+    struct Held {
+      int replica;
+      Num tokens;
+      bool there;
+    };
+    int found = 0;
+    Num most = slack;
+    in_order<4>(
+        g.rank_begin[from], g.rank_begin[from + 1],
+        [&](int i) {
+          const int p = g.rank_replica[i];
+          return Held{p, y[p], held_with(i).has(to)};
+        },
+        [&](int, Held held) {
+          if (held.there && held.tokens > most) most = held.tokens, found = held.replica;
+        });
+    return found;
   }
 
-  LPLB_HD int replica_on(int e, int r) {
-    return first_where(warp, g.expert_begin[e], g.expert_begin[e + 1], [&](int p) { return g.replica_rank[p] == r; });
-  }
-
-  // Moves what it can along path[length] … path[0], from a rank above its limit to one below.
+  // Moves what it can along path[length] … path[0], from a rank above its limit to one below. Members take steps of
+  // the path, each of which moves tokens between replicas of one expert.
   LPLB_HD void push(int length) {
     const int source = path[length], target = path[0];
     Num amount = load[source] - limit[source];
     if (limit[target] - load[target] < amount) amount = limit[target] - load[target];
-    for (int i = length; i > 0; --i) {  // replicas of one expert, per step
+    LPLB_LOOP
+    for (int i = length - warp.rank(); i > 0; i -= warp.size()) {
       const int from = carrier(path[i], path[i - 1]);
-      const int to = replica_on(g.replica_expert[from], path[i - 1]);
+      const int e = g.replica_expert[from];
+      giver[i] = from;
+      taker[i] = g.expert_begin[e] + Set::read(g.expert_ranks + kWords * e).count_below(path[i - 1]);
       if (y[from] < amount) amount = y[from];
-      if (warp.rank() == 0) giver[i] = from, taker[i] = to;
+    }
+    amount = least_of_first(warp, length, amount);
+    // A replica may take in one step and give in the next.
+    LPLB_LOOP
+    for (int i = length - warp.rank(); i > 0; i -= warp.size()) {
+      y[taker[i]] += amount;
+      uint64_t* more = reach + kWords * path[i - 1];
+      (Set::read(more) | Set::read(g.expert_ranks + kWords * g.replica_expert[giver[i]])).write(more);
     }
     warp.sync();
+    LPLB_LOOP
+    for (int i = length - warp.rank(); i > 0; i -= warp.size()) y[giver[i]] -= amount;
     if (warp.rank() == 0) {
-      for (int i = length; i > 0; --i) {
-        y[giver[i]] -= amount;
-        y[taker[i]] += amount;
-        uint64_t* more = reach + kWords * path[i - 1];
-        (Set::read(more) | Set::read(g.expert_ranks + kWords * g.replica_expert[giver[i]])).write(more);
-      }
       load[source] -= amount;
       load[target] += amount;
     }
     warp.sync();
-    for (int i = length; i > 0; --i)
-      if (!(y[giver[i]] > slack)) refresh_reach(path[i]);
-    warp.sync();
+    LPLB_LOOP
+    for (int first = length; first > 0; first -= warp.size()) {
+      const int i = first - warp.rank();
+      uint32_t emptied = warp.ballot(i > 0 && !(y[giver[i]] > slack));
+      for (; emptied != 0; emptied &= emptied - 1) refresh_reach(path[first - lowest_bit(emptied)]);
+    }
     if (!is_over(source)) over.drop(source);
     if (!is_under(target)) under.drop(target);
+    warp.sync();
   }
 
   // Finds a way down from `source` in level[depth] to level[0] = under and pushes along it. Ranks that lead nowhere
   // leave their level. False when `source` is one of them.
   LPLB_HD bool descend(int source, int depth) {
     int at = source, k = depth;
+    if (warp.rank() == 0) path[k] = at;
     while (k > 0) {
       const Set next = reach_of(at) & Set::read(level + kWords * (k - 1));
-      warp.sync();  // everybody has read what one member writes now
-      if (warp.rank() == 0) path[k] = at;
       if (!next.empty()) {
         at = next.lowest();
         --k;
+        if (warp.rank() == 0) path[k] = at;
         continue;
       }
+      warp.sync();  // everybody has read this level, and one member has written the path
       if (warp.rank() == 0) {
         Set left = Set::read(level + kWords * k);
         left.drop(at);
@@ -142,7 +163,6 @@ struct Flow {
       if (k == depth) return false;
       at = path[++k];
     }
-    if (warp.rank() == 0) path[0] = at;
     warp.sync();
     push(depth);
     if (warp.rank() == 0) under.write(level);
@@ -166,6 +186,7 @@ struct Flow {
         ++depth;
         if (warp.rank() == 0) next.write(level + kWords * depth);
         rest = rest.without(next);
+        if ((over & rest).empty()) break;  // deeper levels would start no path
         reached = next;
       }
       if (over.without(rest).empty()) {

@@ -66,6 +66,12 @@ struct RankSet {
       if (word[i] != 0) return 64 * i + lowest_bit(word[i]);
     return 64 * (kWords - 1) + lowest_bit(word[kWords - 1]);
   }
+  LPLB_HD int count_below(int r) const {
+    int n = 0;
+    LPLB_UNROLL
+    for (int i = 0; i < kWords; ++i) n += count_bits(word[i] & first(r).word[i]);
+    return n;
+  }
   LPLB_HD RankSet operator|(RankSet o) const {
     LPLB_UNROLL
     for (int i = 0; i < kWords; ++i) o.word[i] |= word[i];
@@ -118,34 +124,15 @@ LPLB_HD inline RankSet<kWords> ranks_within(Warp& warp, RankSet<kWords> set, int
   }
 }
 
-// The least i in [begin, end) with wanted(i). There is one.
-template <class Warp, class F>
-LPLB_HD inline int first_where(Warp& warp, int begin, int end, F wanted) {
-  for (;; begin += warp.size()) {
-    const int i = begin + warp.rank();
-    const uint32_t found = warp.ballot(i < end && wanted(i));
-    if (found != 0) return begin + lowest_bit(found);
+// The least of the values that members 0 … n - 1 pass, on those members.
+template <class Warp, class T>
+LPLB_HD inline T least_of_first(Warp& warp, int n, T value) {
+  LPLB_LOOP
+  for (int step = 1; step < n && step < warp.size(); step *= 2) {
+    const T other = warp.across(value, step);
+    value = other < value ? other : value;
   }
-}
-
-// The i in [begin, end) with the largest key(i), the first of equals; -1 where every key is 0.
-template <class Warp, class F>
-LPLB_HD inline int first_of_largest(Warp& warp, int begin, int end, F key) {
-  uint64_t most = 0;
-  int where = -1;
-  for (int i = begin + warp.rank(); i < end; i += warp.size()) {
-    const uint64_t k = key(i);
-    if (k > most) most = k, where = i;
-  }
-  if constexpr (!Warp::kSolo) {
-    const uint32_t high = warp.largest(static_cast<uint32_t>(most >> 32));
-    const bool as_high = static_cast<uint32_t>(most >> 32) == high;
-    const uint32_t low = warp.largest(as_high ? static_cast<uint32_t>(most) : 0);
-    const bool is_most = as_high && static_cast<uint32_t>(most) == low && where >= 0;
-    const uint32_t first = ~warp.largest(is_most ? ~static_cast<uint32_t>(where) : 0);  // least where
-    where = static_cast<int32_t>(first);                                                // ~0 is -1: nobody has a key
-  }
-  return where;
+  return value;
 }
 
 // op over all members' values, in any order.
@@ -159,6 +146,7 @@ LPLB_HD inline T fold(Warp& warp, T value, Op op) {
 template <class Warp, class F>
 LPLB_HD inline int64_t whole_sum(Warp& warp, int n, F f) {
   int64_t sum = 0;
+  LPLB_LOOP
   for (int i = warp.rank(); i < n; i += warp.size()) sum += f(i);
   return fold(warp, sum, [](int64_t a, int64_t b) { return a + b; });
 }
