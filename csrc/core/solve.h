@@ -65,11 +65,24 @@ LPLB_HD inline Result finish(Warp& warp, const AnyGroup& g, const Workspace& x, 
 
 }  // namespace detail
 
-// kWords: of the group's rank sets, see set_words(). matrix_is_free() is called by all members, between barriers, when
-// the matrix's memory is no longer needed and before the rank sets of `g` are.
-template <int kWords, class Team, class Algebra, class AnyGroup, class F>
+// A solver that is known when the code is compiled; then the other's is left out.
+template <Solver kSolver>
+using OnlySolver = std::integral_constant<Solver, kSolver>;
+
+namespace detail {
+
+template <class AnySolver, Solver kSolver>
+inline constexpr bool kMayBe = true;
+template <Solver kOne, Solver kSolver>
+inline constexpr bool kMayBe<OnlySolver<kOne>, kSolver> = kOne == kSolver;
+
+}  // namespace detail
+
+// kWords: of the group's rank sets, see set_words(). solver: a Solver, or OnlySolver<…>. matrix_is_free() is called by
+// all members, between barriers, when the matrix's memory is no longer needed and before the rank sets of `g` are.
+template <int kWords, class Team, class Algebra, class AnyGroup, class AnySolver, class F>
 LPLB_HD inline void solve_group(Team& team, Algebra algebra, const AnyGroup& g, const Workspace& x,
-                                const int64_t* loads, Solver solver, const GroupPlan& plan, IterationRow* log,
+                                const int64_t* loads, AnySolver solver, const GroupPlan& plan, IterationRow* log,
                                 F matrix_is_free) {
   const double mean = detail::gather(team, g, x, loads);
   const bool movable = team.maxima(g.n_experts, [&](int e) { return x.w[e]; })[0] > 0.0;
@@ -79,17 +92,21 @@ LPLB_HD inline void solve_group(Team& team, Algebra algebra, const AnyGroup& g, 
     found.objective = found.bound = team.few_maxima(g.n_ranks, [&](int r) { return x.a[r] / g.speed[r]; })[0];
     team.each(g.n_replicas, [&](int p) { x.y[p] = 0.0; });
   } else if (solver == Solver::ipm) {
-    const IpmOutcome out = interior_point(team, algebra, g, x, log);
-    found = {out.objective, out.bound, out.iterations, out.status};
+    if constexpr (detail::kMayBe<AnySolver, Solver::ipm>) {
+      const IpmOutcome out = interior_point(team, algebra, g, x, log);
+      found = {out.objective, out.bound, out.iterations, out.status};
+    }
   }
   team.sync();
   matrix_is_free();
   team.sync();
-  if (movable && solver == Solver::flow)
-    team.first_warp([&](auto& warp) {
-      const FlowOutcome out = bottleneck_flow<kWords>(warp, g, x, mean);
-      found = {out.objective, out.bound, out.cuts, Status::solved};
-    });
+  if constexpr (detail::kMayBe<AnySolver, Solver::flow>) {
+    if (movable && solver == Solver::flow)
+      team.first_warp([&](auto& warp) {
+        const FlowOutcome out = bottleneck_flow<kWords>(warp, g, x, mean);
+        found = {out.objective, out.bound, out.cuts, Status::solved};
+      });
+  }
   rounding::round_down(team, g, x, mean);
   team.first_warp([&](auto& warp) {
     const Result result = detail::finish<kWords>(warp, g, x, mean, found);

@@ -90,9 +90,9 @@ LPLB_HD inline bool add_up(Team& team, const SharedGroup& g, const SolveArgument
 }
 
 // One block's share of a launch: block b has group b % n_groups of load b / n_groups. memory: solve_block_bytes()
-// behind what the team itself wants.
-template <int kWords, class Team, class Algebra>
-LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArguments& a, int64_t block,
+// behind what the team itself wants. solver: a.solver, or OnlySolver of it.
+template <int kWords, class Team, class Algebra, class AnySolver>
+LPLB_HD inline void solve_block(Team& team, Algebra algebra, AnySolver solver, const SolveArguments& a, int64_t block,
                                 std::byte* memory) {
   struct alignas(16) Word {
     uint64_t low, high;
@@ -116,7 +116,7 @@ LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArgument
     const auto* sets = reinterpret_cast<const uint64_t*>(a.image + d.sets);
     team.each(n_set_words(d), [&](int i) { x.sets[i] = sets[i]; });
   };
-  solve_group<kWords>(team, algebra, g, x, a.loads + load * a.n_logical, a.solver, plan,
+  solve_group<kWords>(team, algebra, g, x, a.loads + load * a.n_logical, solver, plan,
                       a.log != nullptr ? a.log + group * (kMaxIterations + 1) : nullptr, copy_sets);
   if (team.rank() != 0) return;
   a.max_load[block] = result.max_load;
