@@ -53,7 +53,7 @@ struct Flow {
         bool gives;
         Set ranks;
       };
-      in_order<4>(
+      in_order<4, true>(
           g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return Held{y[g.rank_replica[i]] > slack, held_with(i)}; },
           [&](int, Held held) {
             if (held.gives) s = s | held.ranks;
@@ -87,7 +87,7 @@ struct Flow {
     };
     int found = 0;
     Num most = slack;
-    in_order<4>(
+    in_order<4, true>(
         g.rank_begin[from], g.rank_begin[from + 1],
         [&](int i) {
           const int p = g.rank_replica[i];
@@ -222,7 +222,7 @@ LPLB_HD inline void fill(const AnyGroup& g, int e, double tokens, const double* 
     int r;
     double load, room;
   };
-  in_order<4>(
+  in_order<4, true>(
       begin, end,
       [&](int p) {
         const int r = g.replica_rank[p];  // no other copy's

@@ -74,7 +74,7 @@ LPLB_HD inline void round_down(Team& team, const AnyGroup& g, const Workspace& x
   team.sync();
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = x.single_tokens[r];
-    in_order<4>(
+    in_order<4, true>(
         g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return x.quota[g.rank_replica[i]]; },
         [&](int, int64_t quota) { tokens += quota; });
     x.rank_tokens[r] = tokens;
@@ -111,7 +111,7 @@ LPLB_HD inline void place_left(Warp& warp, const AnyGroup& g, const Workspace& x
       left[i] = e < g.n_experts ? x.tokens[e] : 0;
       if (left[i] != 0) {
         const int begin = g.expert_begin[e] + part, n = (g.expert_begin[e + 1] - begin + kMembers - 1) / kMembers;
-        in_order<4>(
+        in_order<4, true>(
             0, n,
             [&](int k) {
               const int r = g.replica_rank[begin + kMembers * k];

@@ -21,7 +21,7 @@ template <class Team, class AnyGroup>
 LPLB_HD inline double gather(Team& team, const AnyGroup& g, const Workspace& x, const int64_t* loads) {
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = 0;
-    in_order<8>(
+    in_order<8, true>(
         g.single_begin[r], g.single_begin[r + 1], [&](int i) { return loads[g.single_logical[i]]; },
         [&](int, int64_t load) { tokens += load; });
     x.single_tokens[r] = tokens;
@@ -67,7 +67,9 @@ LPLB_HD inline Result finish(Warp& warp, const AnyGroup& g, const Workspace& x, 
 
 // A solver that is known when the code is compiled; then the other's is left out.
 template <Solver kSolver>
-using OnlySolver = std::integral_constant<Solver, kSolver>;
+struct OnlySolver {
+  LPLB_HD constexpr operator Solver() const { return kSolver; }
+};
 
 namespace detail {
 
