@@ -87,7 +87,7 @@ struct Flow {
     };
     int found = 0;
     Num most = slack;
-    in_order<4, true>(
+    in_order<8, true>(
         g.rank_begin[from], g.rank_begin[from + 1],
         [&](int i) {
           const int p = g.rank_replica[i];
@@ -170,6 +170,20 @@ struct Flow {
     return true;
   }
 
+  // The ranks of `rest` that can send tokens into `to`. own: of a warp's member the reach of every kWarpSize-th rank.
+  static constexpr int kOwn = Warp::kSolo ? 1 : 64 * kWords / kWarpSize;
+  LPLB_HD Set senders(const Set* own, Set rest, Set to) {
+    if constexpr (Warp::kSolo) {
+      return ranks_within(warp, rest, g.n_ranks, [&](int r) { return !(reach_of(r) & to).empty(); });
+    } else {
+      Set s = Set::none();
+      LPLB_UNROLL
+      for (int k = 0; k < kOwn; ++k)
+        s.word[k / 2] |= uint64_t{warp.ballot(!(own[k] & to).empty())} << (k % 2 * kWarpSize);
+      return s & rest;
+    }
+  }
+
   // Dinic's algorithm on rank sets: while ranks above their limit can reach ranks below theirs, it moves tokens along
   // shortest paths. False when some cannot; `stuck` is then the set of all ranks that reach no rank below its limit,
   // the set A with the largest load(A) - limit(A).
@@ -179,9 +193,15 @@ struct Flow {
       Set reached = under,
           rest = Set::first(g.n_ranks).without(under);  // level[k]: k steps from a rank below its limit
       if (warp.rank() == 0) reached.write(level);
+      Set own[kOwn];
+      LPLB_UNROLL
+      for (int k = 0; k < kOwn; ++k) {
+        const int r = kWarpSize * k + warp.rank();
+        own[k] = !Warp::kSolo && r < g.n_ranks ? reach_of(r) : Set::none();
+      }
       int depth = 0;
       for (;;) {
-        const Set next = ranks_within(warp, rest, g.n_ranks, [&](int r) { return !(reach_of(r) & reached).empty(); });
+        const Set next = senders(own, rest, reached);
         if (next.empty()) break;
         ++depth;
         if (warp.rank() == 0) next.write(level + kWords * depth);
@@ -226,10 +246,10 @@ LPLB_HD inline void fill(const AnyGroup& g, int e, double tokens, const double* 
       begin, end,
       [&](int p) {
         const int r = g.replica_rank[p];  // no other copy's
-        return Place{r, load[r], limit[r] - load[r]};
+        return Place{r, load[r], limit[r] > load[r] ? limit[r] - load[r] : 0.0};
       },
       [&](int p, Place at) {
-        const double room = at.room > 0.0 ? at.room : 0.0, taken = room < tokens ? room : tokens;
+        const double taken = at.room < tokens ? at.room : tokens;
         y[p] = taken;
         load[at.r] = at.load + taken;
         tokens -= taken;

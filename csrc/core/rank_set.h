@@ -7,7 +7,11 @@ namespace lplb {
 inline namespace LPLB_ISA {
 
 #if defined(__CUDA_ARCH__)
-LPLB_HD inline int lowest_bit(uint64_t x) { return __ffsll(static_cast<long long>(x)) - 1; }
+LPLB_HD inline int lowest_bit(uint64_t x) {  // __ffsll is a longer chain of instructions
+  const auto low = static_cast<uint32_t>(x), high = static_cast<uint32_t>(x >> 32);
+  const int in_low = __ffs(static_cast<int>(low)) - 1, in_high = __ffs(static_cast<int>(high)) + 31;
+  return low != 0 ? in_low : in_high;
+}
 LPLB_HD inline int count_bits(uint64_t x) { return __popcll(x); }
 #else
 LPLB_HD inline int lowest_bit(uint64_t x) { return __builtin_ctzll(x); }
@@ -45,14 +49,14 @@ struct RankSet {
     LPLB_UNROLL
     for (int i = 0; i < kWords; ++i) p[i] = word[i];
   }
-  LPLB_HD bool has(int r) const { return word_of(r) >> (r % 64) & 1; }
+  LPLB_HD bool has(int r) const { return word_of(r) >> (r & 63) & 1; }
   LPLB_HD void add(int r) {
     LPLB_UNROLL
-    for (int i = 0; i < kWords; ++i) word[i] |= r / 64 == i ? uint64_t{1} << (r % 64) : 0;
+    for (int i = 0; i < kWords; ++i) word[i] |= bit_in(i, r);
   }
   LPLB_HD void drop(int r) {
     LPLB_UNROLL
-    for (int i = 0; i < kWords; ++i) word[i] &= ~(r / 64 == i ? uint64_t{1} << (r % 64) : 0);
+    for (int i = 0; i < kWords; ++i) word[i] &= ~bit_in(i, r);
   }
   LPLB_HD bool empty() const {
     uint64_t any = 0;
@@ -69,7 +73,9 @@ struct RankSet {
   LPLB_HD int count_below(int r) const {
     int n = 0;
     LPLB_UNROLL
-    for (int i = 0; i < kWords; ++i) n += count_bits(word[i] & first(r).word[i]);
+    for (int i = 0; i < kWords; ++i)
+      if (kWords == 1 || r >= 64 * i)
+        n += count_bits(r < 64 * (i + 1) ? word[i] & ((uint64_t{1} << (r & 63)) - 1) : word[i]);
     return n;
   }
   LPLB_HD RankSet operator|(RankSet o) const {
@@ -89,6 +95,7 @@ struct RankSet {
   }
 
  private:
+  LPLB_HD static uint64_t bit_in(int i, int r) { return kWords == 1 || r >> 6 == i ? uint64_t{1} << (r & 63) : 0; }
   LPLB_HD uint64_t word_of(int r) const {  // no run-time index: it would put the set into memory
     if (kWords == 1) return word[0];
     return r < 64 ? word[0] : word[kWords - 1];
