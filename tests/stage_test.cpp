@@ -221,11 +221,12 @@ Blocks<Index> on_blocks(const Batch& b, Solver solver, int size, Wrong wrong) {
     for (int g = 0; g < a.n_groups; ++g) {
       // the teams and algebras of solve.cu
       if (b.group_size <= 16) {
-        if (block.warp_index() == 0) cuda::solve_block<1>(block.warp(), BuiltinAlgebra<16>{}, solver, a, g, aligned);
+        if (block.warp_index() == 0)
+          cuda::solve_block<1>(block.warp(), BuiltinAlgebra<16>{}, solver, a, g, aligned, [] {});
       } else if (b.group_size <= 64)
-        cuda::solve_block<1>(block, BuiltinAlgebra<64>{}, solver, a, g, aligned);
+        cuda::solve_block<1>(block, BuiltinAlgebra<64>{}, solver, a, g, aligned, [] {});
       else
-        cuda::solve_block<2>(block, BuiltinAlgebra<kMaxGroup>{}, solver, a, g, aligned);
+        cuda::solve_block<2>(block, BuiltinAlgebra<kMaxGroup>{}, solver, a, g, aligned, [] {});
       block.sync();
     }
     find_shares(block, slots, r.quota.data(), shares.data());

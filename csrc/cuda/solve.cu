@@ -30,8 +30,7 @@ void launch_solve(const SolveKernel& kernel, const SolveArguments& a, int64_t ba
   if (blocks > INT32_MAX)
     throw std::invalid_argument("a batch of " + std::to_string(batch) + " loads of " + std::to_string(a.n_groups) +
                                 " groups, allowed are " + std::to_string(INT32_MAX) + " groups per launch");
-  kernel.of(a.solver)<<<static_cast<unsigned int>(blocks), kernel.threads, shared, stream>>>(a);
-  LPLB_CUDA_CHECK(cudaGetLastError());
+  launch_dependent(kernel.of(a.solver), a, blocks, kernel.threads, shared, stream);
 }
 
 }  // namespace lplb::cuda

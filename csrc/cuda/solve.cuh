@@ -1,6 +1,7 @@
 // One block, one group, one load: the kernels, for any team and algebra.
 #pragma once
 
+#include "dependent.cuh"
 #include "solve.h"
 #include "team.cuh"
 
@@ -25,9 +26,10 @@ inline int sum_buffer(int threads) { return threads == kWarpSize ? TeamTraits<Wa
 template <class Team, int kWords, class Algebra, Solver kSolver>
 __device__ void solve_on(const SolveArguments& a) {
   extern __shared__ __align__(16) std::byte memory[];
+  let_next_begin();
   Team team = TeamTraits<Team>::make(reinterpret_cast<double*>(memory));
   solve_block<kWords>(team, Algebra{}, OnlySolver<kSolver>{}, a, blockIdx.x,
-                      memory + sizeof(double) * TeamTraits<Team>::kBuffer);
+                      memory + sizeof(double) * TeamTraits<Team>::kBuffer, [] { wait_for_previous(); });
 }
 
 template <class Team, int kWords, class Algebra>

@@ -90,10 +90,11 @@ LPLB_HD inline bool add_up(Team& team, const SharedGroup& g, const SolveArgument
 }
 
 // One block's share of a launch: block b has group b % n_groups of load b / n_groups. memory: solve_block_bytes()
-// behind what the team itself wants. solver: a.solver, or OnlySolver of it.
-template <int kWords, class Team, class Algebra, class AnySolver>
+// behind what the team itself wants. solver: a.solver, or OnlySolver of it. wait_for_input() is called by all members
+// before they read or write anything of a but its image.
+template <int kWords, class Team, class Algebra, class AnySolver, class F>
 LPLB_HD inline void solve_block(Team& team, Algebra algebra, AnySolver solver, const SolveArguments& a, int64_t block,
-                                std::byte* memory) {
+                                std::byte* memory, F wait_for_input) {
   struct alignas(16) Word {
     uint64_t low, high;
   };
@@ -107,6 +108,7 @@ LPLB_HD inline void solve_block(Team& team, Algebra algebra, AnySolver solver, c
   carve(g, memory + d.staged_bytes, x);
   g.expert_ranks = x.sets;
   g.rank_replica_ranks = x.sets + kWords * g.n_experts;
+  wait_for_input();
   team.sync();
 
   const bool usable = a.table.counts == nullptr || add_up(team, g, a);
