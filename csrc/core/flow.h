@@ -77,16 +77,20 @@ struct Flow {
     if (warp.rank() == 0) s.write(reach + kWords * r);
   }
 
+  struct Carrier {
+    int replica;
+    Num tokens;
+  };
+
   // The replica with most tokens on rank `from`, the first of equals, whose expert has a replica on rank `to`. By one
   // member.
-  LPLB_HD int carrier(int from, int to) const {
+  LPLB_HD Carrier carrier(int from, int to) const {
     struct Held {
       int replica;
       Num tokens;
       bool there;
     };
-    int found = 0;
-    Num most = slack;
+    Carrier found{0, slack};
     in_order<8, true>(
         g.rank_begin[from], g.rank_begin[from + 1],
         [&](int i) {
@@ -94,40 +98,88 @@ struct Flow {
           return Held{p, y[p], held_with(i).has(to)};
         },
         [&](int, Held held) {
-          if (held.there && held.tokens > most) most = held.tokens, found = held.replica;
+          if (held.there && held.tokens > found.tokens) found = {held.replica, held.tokens};
         });
     return found;
   }
 
-  // Moves what it can along path[length] … path[0], from a rank above its limit to one below. Members take steps of
-  // the path, each of which moves tokens between replicas of one expert.
-  LPLB_HD void push(int length) {
-    const int source = path[length], target = path[0];
-    Num amount = load[source] - limit[source];
-    if (limit[target] - load[target] < amount) amount = limit[target] - load[target];
+  LPLB_HD void set_load(int r, Num tokens) {
+    if (warp.rank() == 0) load[r] = tokens;
+    if (!(tokens > limit[r] + slack)) over.drop(r);
+    if (!(tokens < limit[r] - slack)) under.drop(r);
+  }
+
+  // A step of a path moves tokens between replicas of one expert. Members take steps; a replica may take tokens in one
+  // and give them in the next.
+  //
+  // Moves what it can along path[length] … path[0], from a rank above its limit to one below.
+  LPLB_HD void push(int source, int target, int length) {
+    const Num excess = load[source], room = load[target];  // so far
+    Num amount = excess - limit[source];
+    if (limit[target] - room < amount) amount = limit[target] - room;
+    if (!Warp::kSolo && length <= warp.size())
+      amount = push_at_once(length, amount);
+    else
+      amount = push_in_turn(length, amount);
+    set_load(source, excess - amount);
+    set_load(target, room + amount);
+    warp.sync();
+  }
+
+  // A step for each member. Returns how much was moved, at most `amount`.
+  LPLB_HD Num push_at_once(int length, Num amount) {
+    const int i = length - warp.rank();
+    const bool takes_part = i > 0;
+    int to_rank = 0, to = 0;
+    Carrier from{0, amount};
+    Set ranks = Set::none();
+    if (takes_part) {
+      to_rank = path[i - 1];
+      from = carrier(path[i], to_rank);
+      const int e = g.replica_expert[from.replica];
+      ranks = Set::read(g.expert_ranks + kWords * e);
+      to = g.expert_begin[e] + ranks.count_below(to_rank);
+    }
+    amount = warp.get(least_of_first(warp, length, from.tokens < amount ? from.tokens : amount), 0);
+    warp.sync();  // everybody has found a carrier
+    if (takes_part) {
+      y[to] += amount;
+      (reach_of(to_rank) | ranks).write(reach + kWords * to_rank);
+    }
+    warp.sync();
+    bool emptied = false;
+    if (takes_part) {
+      const Num left = y[from.replica] - amount;
+      y[from.replica] = left;
+      emptied = !(left > slack);
+    }
+    warp.sync();
+    for (uint32_t left = warp.ballot(emptied); left != 0; left &= left - 1)
+      refresh_reach(path[length - lowest_bit(left)]);
+    return amount;
+  }
+
+  // The same for one thread, and for a path of more steps than a warp has members.
+  LPLB_HD Num push_in_turn(int length, Num amount) {
     LPLB_LOOP
     for (int i = length - warp.rank(); i > 0; i -= warp.size()) {
-      const int from = carrier(path[i], path[i - 1]);
-      const int e = g.replica_expert[from];
-      giver[i] = from;
+      const Carrier from = carrier(path[i], path[i - 1]);
+      const int e = g.replica_expert[from.replica];
+      giver[i] = from.replica;
       taker[i] = g.expert_begin[e] + Set::read(g.expert_ranks + kWords * e).count_below(path[i - 1]);
-      if (y[from] < amount) amount = y[from];
+      if (from.tokens < amount) amount = from.tokens;
     }
-    amount = least_of_first(warp, length, amount);
-    // A replica may take in one step and give in the next.
+    amount = warp.get(least_of_first(warp, length, amount), 0);
+    warp.sync();  // everybody has found its carriers
     LPLB_LOOP
     for (int i = length - warp.rank(); i > 0; i -= warp.size()) {
       y[taker[i]] += amount;
-      uint64_t* more = reach + kWords * path[i - 1];
-      (Set::read(more) | Set::read(g.expert_ranks + kWords * g.replica_expert[giver[i]])).write(more);
+      const Set ranks = Set::read(g.expert_ranks + kWords * g.replica_expert[giver[i]]);
+      (reach_of(path[i - 1]) | ranks).write(reach + kWords * path[i - 1]);
     }
     warp.sync();
     LPLB_LOOP
     for (int i = length - warp.rank(); i > 0; i -= warp.size()) y[giver[i]] -= amount;
-    if (warp.rank() == 0) {
-      load[source] -= amount;
-      load[target] += amount;
-    }
     warp.sync();
     LPLB_LOOP
     for (int first = length; first > 0; first -= warp.size()) {
@@ -135,9 +187,7 @@ struct Flow {
       uint32_t emptied = warp.ballot(i > 0 && !(y[giver[i]] > slack));
       for (; emptied != 0; emptied &= emptied - 1) refresh_reach(path[first - lowest_bit(emptied)]);
     }
-    if (!is_over(source)) over.drop(source);
-    if (!is_under(target)) under.drop(target);
-    warp.sync();
+    return amount;
   }
 
   // Finds a way down from `source` in level[depth] to level[0] = under and pushes along it. Ranks that lead nowhere
@@ -164,7 +214,7 @@ struct Flow {
       at = path[++k];
     }
     warp.sync();
-    push(depth);
+    push(source, at, depth);
     if (warp.rank() == 0) under.write(level);
     warp.sync();
     return true;

@@ -16,6 +16,7 @@ namespace rounding {
 
 inline constexpr double kBoundNoise = 1e-9;                // a bound may be this much too high in its last digits
 inline constexpr double kMostTokens = 9007199254740992.0;  // 2^53: more than there are, and 128 of them fit in 64 bits
+inline constexpr double kFull = 1e300;                     // no level is as high
 inline constexpr int kBatch = 8;                           // experts whose left-over tokens are placed at once
 
 // The most tokens k with k / speed ≤ level as the division rounds, so that a level k / speed has room for k.
@@ -82,16 +83,10 @@ LPLB_HD inline void round_down(Team& team, const AnyGroup& g, const Workspace& x
   team.sync();
 }
 
-// A replica and how full its rank is; none: replica -1.
+// A replica and how full its rank is; none: replica -1, which is the heaviest.
 struct Lightest {
   int replica;
   double level;
-
-  // The lighter of both, the first of equals.
-  LPLB_HD void take(Lightest o) {
-    if (o.replica < 0) return;
-    if (replica < 0 || o.level < level || (o.level == level && o.replica < replica)) *this = o;
-  }
 };
 
 // What is left of an expert goes to its lightest rank, the first of equals, as the ranks were before its batch. Several
@@ -107,7 +102,7 @@ LPLB_HD inline void place_left(Warp& warp, const AnyGroup& g, const Workspace& x
     LPLB_UNROLL
     for (int i = 0; i < kPerMember; ++i) {
       const int e = first + own + i;
-      chosen[i] = {-1, 0.0};
+      chosen[i] = {-1, kFull};
       left[i] = e < g.n_experts ? x.tokens[e] : 0;
       if (left[i] != 0) {
         const int begin = g.expert_begin[e] + part, n = (g.expert_begin[e + 1] - begin + kMembers - 1) / kMembers;
@@ -117,11 +112,16 @@ LPLB_HD inline void place_left(Warp& warp, const AnyGroup& g, const Workspace& x
               const int r = g.replica_rank[begin + kMembers * k];
               return static_cast<double>(x.rank_tokens[r]) * g.inv_speed[r];
             },
-            [&](int k, double level) { chosen[i].take({begin + kMembers * k, level}); });
+            [&](int k, double level) {
+              if (level < chosen[i].level) chosen[i] = {begin + kMembers * k, level};
+            });
       }
       LPLB_UNROLL
-      for (int step = kBatch; step < kMembers * kBatch; step *= 2)
-        chosen[i].take({warp.across(chosen[i].replica, step), warp.across(chosen[i].level, step)});
+      for (int step = kBatch; step < kMembers * kBatch; step *= 2) {
+        const Lightest other{warp.across(chosen[i].replica, step), warp.across(chosen[i].level, step)};
+        const bool before = static_cast<unsigned>(other.replica) < static_cast<unsigned>(chosen[i].replica);
+        if (other.level < chosen[i].level || (other.level == chosen[i].level && before)) chosen[i] = other;
+      }
     }
     warp.sync();
     LPLB_UNROLL
