@@ -52,7 +52,7 @@ LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x) {
   team.sync();
   team.each(g.n_ranks, [&](int r) {
     double load = x.a[r];
-    in_order<4>(
+    in_order<4, true>(
         g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return x.y[g.rank_replica[i]]; },
         [&](int, double y) { load += y; });
     s[r] = load;
@@ -75,7 +75,7 @@ LPLB_HD inline double lower_bound(Team& team, const AnyGroup& g, const Workspace
       team.few_sums(g.n_ranks, [&](int r) { return u[r] * x.a[r]; }, [&](int r) { return g.speed[r] * u[r]; });
   const auto experts = team.sums(g.n_experts, [&](int e) {
     double least = u[g.replica_rank[g.expert_begin[e]]];
-    in_order<4>(
+    in_order<4, true>(
         g.expert_begin[e] + 1, g.expert_begin[e + 1], [&](int p) { return u[g.replica_rank[p]]; },
         [&](int, double up) { least = up < least ? up : least; });
     return x.w[e] * least;
@@ -161,27 +161,29 @@ LPLB_HD inline double rank_step(Team& team, const AnyGroup& g, const Workspace& 
   return t;
 }
 
-// dz of the replicas that belongs to du. With kCorrect it carries the second-order terms.
+// dz of the replicas that belongs to du. With kCorrect it carries the second-order terms. q is free, and holds dm_e.
 template <bool kCorrect, class Team, class AnyGroup>
 LPLB_HD inline void complete_step(Team& team, const AnyGroup& g, const Workspace& x) {
   const double* du = x.dz + g.n_replicas;
   team.each(g.n_experts, [&](int e) {
-    const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
     double target = -x.w[e];
     struct Term {
       double product, extra;
     };
-    in_order<4>(
-        begin, end, [&](int p) { return Term{x.h[p] * du[g.replica_rank[p]], kCorrect ? x.extra[p] : 0.0}; },
+    in_order<4, true>(
+        g.expert_begin[e], g.expert_begin[e + 1],
+        [&](int p) { return Term{x.h[p] * du[g.replica_rank[p]], kCorrect ? x.extra[p] : 0.0}; },
         [&](int, Term term) {
           target -= term.product;
           if (kCorrect) target += term.extra;
         });
-    const double dm = target * x.inv_sigma[e];
-    const bool on = x.w[e] > 0.0;
-    in_order<4>(
-        begin, end, [&](int p) { return du[g.replica_rank[p]]; },
-        [&](int p, double du_r) { x.dz[p] = on ? du_r + dm : 0.0; });
+    x.q[e] = target * x.inv_sigma[e];
+  });
+  team.sync();
+  team.each(g.n_replicas, [&](int p) {
+    const int e = g.replica_expert[p];
+    const double step = du[g.replica_rank[p]] + x.q[e];
+    x.dz[p] = x.w[e] > 0.0 ? step : 0.0;
   });
   team.sync();
 }
@@ -220,7 +222,7 @@ LPLB_HD inline void carry_extra(Team& team, const AnyGroup& g, const Workspace& 
       return;
     }
     double b = x.b[r] + x.extra[g.n_replicas + r];
-    in_order<4>(
+    in_order<4, true>(
         g.rank_begin[r], g.rank_begin[r + 1],
         [&](int i) {
           const int p = g.rank_replica[i];
