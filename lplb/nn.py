@@ -1,0 +1,468 @@
+"""An expert-parallel Mixture-of-Experts layer: how lplb is wired into a model, and what tests and benchmarks run.
+
+One forward pass:
+
+    router → top-k logical experts
+           → physical slots                     by `Planner.run`; without a balancer they are the same
+           → all-to-all of split sizes          in which the ranks agree that all is well
+           → all-to-all of tokens, the experts of this rank's slots, all-to-all back
+           → weighted sum, in the router's order
+
+What a token gets does not depend on which copy of an expert serves it. So outputs and gradients are those of the layer
+without a balancer, up to the order in which the gradient of a weight adds its tokens.
+"""
+
+import itertools
+import weakref
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lplb import exchange, ops
+from lplb.arguments import check_divides, seen, whole_number
+from lplb.exchange import Exchange
+from lplb.placement import Placement
+from lplb.planner import Planner
+from lplb.slots import SlotWeights
+
+__all__ = ["ExpertParallelMoE", "Route"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Route(NamedTuple):
+    """Where the choices of a batch go: what `ExpertParallelMoE.route` gives to `ExpertParallelMoE.compute`.
+
+    Choice ``token * top_k + j`` is the ``j``-th expert of a token. Rows are choices in the order of the slots that
+    serve them, slots being counted over all ranks.
+    """
+
+    weight: Tensor
+    """Share of every choice in its token's output, at least float32, ``[tokens, top_k]``; they add up to 1."""
+    choice: Tensor
+    """The choice in each row, int64 ``[tokens * top_k]``."""
+    send: list[int]
+    """Rows for each rank."""
+    receive: list[int]
+    """Rows from each rank."""
+    received: Tensor
+    """Rows from each rank for each slot of this rank, int64 ``[ranks, slots]`` on the CPU."""
+
+
+class ExpertParallelMoE(nn.Module):
+    """A Mixture-of-Experts layer whose experts are spread over the ranks of a group, with or without balancing.
+
+    A softmax router picks ``top_k`` of ``n_experts`` for every token and scales their shares to sum 1. An expert is a
+    SwiGLU, ``(silu(x @ gate) * (x @ up)) @ down``. No token is dropped.
+
+    Under a group the constructor, `forward`, `route`, `compute` and the backward pass are collective: every rank takes
+    part, in the same order, with no token too, and an error on one rank is raised on all. When a rank dies, the
+    collectives of the others raise what torch.distributed raises.
+
+    The weights lie in the slots of the balancer's placement, or in one slot per expert in order. One slot of every
+    expert is its home. There its weights are parameters, ``experts.gate_up.<expert>`` and ``experts.down.<expert>``, so
+    the ranks' state dicts together are the model's, wherever experts live. The other slots hold copies: leaves with
+    gradients of their own, but neither parameters nor buffers. After a backward pass an expert's gradient is the sum
+    over its slots, and after a change of weights its copies are to be renewed: `lplb.weights.ReplicaSync` does both,
+    given `expert_fields`. The router is the same on every rank; adding up its gradients is the business of data
+    parallelism.
+
+    Weights are drawn uniformly within 1 / sqrt(fan-in) from the device's default generator, for all experts in order on
+    every rank: ranks that start from the same seed hold the parts of one model, the same for any number of ranks.
+
+    `torch.compile` leaves no graph break with ``torch._dynamo.config.capture_scalar_outputs = True``; without it there
+    is one where split sizes are read.
+
+    Args:
+        hidden_size: features of a token.
+        ffn_size: features within an expert.
+        n_experts: logical experts.
+        top_k: experts per token.
+        group: the ranks, a torch.distributed process group; by default the balancer's. Without one, this process has
+            all slots, and a balancer may plan for any number of ranks.
+        balancer: a planner of the same ranks for ``n_experts``, or ``None``: then rank ``r`` has the ``r``-th part of
+            the experts, in order.
+        device: where weights and tokens are; by default torch's default device.
+        dtype: of weights and tokens, float16, bfloat16, float32 or float64; by default torch's default dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed, on any rank, or differs from rank to rank.
+    """
+
+    placement: Placement
+    """Where the experts are whose weights are here. A new placement of the balancer is refused until they are moved."""
+    home: Tensor
+    """Physical slot of each expert's parameters, int64 ``[n_experts]`` on the CPU."""
+    received: Tensor | None
+    """Rows of the last batch from each rank for each slot of this rank, int64 ``[ranks, slots]`` on the CPU; ``None``
+    before the first. Without a group there is one rank."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        n_experts: int,
+        top_k: int,
+        *,
+        group: dist.ProcessGroup | None = None,
+        balancer: Planner | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        planned = balancer.ep_group if isinstance(balancer, Planner) else None
+        self._ranks = exchange.exchange_for(planned if group is None else group)
+
+        def build() -> None:
+            self.hidden_size = whole_number("hidden_size", hidden_size, 1)
+            self.ffn_size = whole_number("ffn_size", ffn_size, 1)
+            self.n_experts = whole_number("n_experts", n_experts, 1)
+            self.top_k = whole_number("top_k", top_k, 1, self.n_experts)
+            router = torch.empty(self.n_experts, self.hidden_size, device=device, dtype=_checked_dtype(dtype))
+            _check_balancer(balancer, self._ranks, self.n_experts, router.device)
+            self.router = nn.Parameter(router)
+            self._hold(balancer)
+            self.reset_parameters()
+
+        settings = (
+            f"hidden_size {hidden_size}, ffn_size {ffn_size}, n_experts {n_experts}, top_k {top_k}, dtype "
+            f"{dtype or torch.get_default_dtype()}, {'no balancer' if balancer is None else 'a balancer'}"
+        )
+        exchange.together(self._ranks, build, lambda _: exchange.fingerprint(settings, self.home.tolist()), settings)
+        self.balancer = balancer
+        self.received = None
+        self._handle = _handle_of(self)
+
+    # ---- weights
+
+    @property
+    def expert_fields(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights of this rank's slots in order: gate and up ``[hidden_size, 2 * ffn_size]``; down ``[ffn_size,
+        hidden_size]``. Each is a row of one tensor."""
+        return self.experts.leaves("gate_up"), self.experts.leaves("down")
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, copies included; see the class."""
+        router, hidden, ffn = self.router, self.hidden_size, self.ffn_size
+        gate_up, down = router.new_empty(hidden, 2 * ffn), router.new_empty(ffn, hidden)
+        nn.init.uniform_(router, -(hidden**-0.5), hidden**-0.5)
+        for expert in range(self.n_experts):
+            nn.init.uniform_(gate_up, -(hidden**-0.5), hidden**-0.5)
+            nn.init.uniform_(down, -(ffn**-0.5), ffn**-0.5)
+            self.experts.fill(expert, {"gate_up": gate_up, "down": down})
+
+    def _hold(self, balancer: Planner | None) -> None:
+        """Make room for the experts of this rank's slots."""
+        if balancer is None:
+            self.placement = Placement(range(self.n_experts), self._ranks.size)
+        else:
+            self.placement = balancer.placement
+        home = getattr(balancer, "home", self.placement.log2phy[:, 0])
+        self.home = home.long().cpu()
+        n_slots = self.placement.n_physical // self._ranks.size  # of this process
+        slots = range(self._ranks.rank * n_slots, (self._ranks.rank + 1) * n_slots)
+        at_home = set(self.home.tolist())
+        self.experts = SlotWeights(
+            {"gate_up": (self.hidden_size, 2 * self.ffn_size), "down": (self.ffn_size, self.hidden_size)},
+            [int(self.placement.phy2log[slot]) for slot in slots],
+            [slot in at_home for slot in slots],
+            device=self.router.device,
+            dtype=self.router.dtype,
+        )
+
+    # ---- one batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the experts make of the tokens; collective under a group.
+
+        Args:
+            x: tokens of this rank, ``[..., hidden_size]``, of the layer's dtype and device; there may be none.
+
+        Returns:
+            A tensor like ``x``.
+
+        Raises:
+            TypeError, ValueError: ``x`` is not allowed, a router score is NaN, the balancer's placement is not the one
+                that the weights are laid out for, or ranks differ in dtype or in whether ``x`` needs gradients; on any
+                rank. Nothing has changed then, but that the balancer may have planned.
+        """
+        return self.compute(x, self.route(x))
+
+    def route(self, x: Tensor) -> Route:
+        """Choose the experts of every token and the slots that serve them; collective under a group.
+
+        The first half of `forward`. Kept outside of a region that is computed twice (activation checkpointing), it
+        plans once: ``checkpoint(layer.compute, x, layer.route(x), use_reentrant=False)``.
+
+        Args, Raises: as `forward`.
+        """
+        error = self._refusal(x)
+        tokens = self.router.new_empty(0, self.hidden_size) if error is not None else x.reshape(-1, self.hidden_size)
+        scores = functional.linear(tokens, self.router)
+        weight, expert = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).topk(self.top_k)
+        slot, error = self._slots_for(expert, error)
+        slot = slot.flatten()
+        n_slots = self.placement.n_physical
+        # A slot of -1, which the balancer gives on CUDA for a batch that another rank refused, is counted apart.
+        counts = slot.new_zeros(n_slots + 1).scatter_add_(0, slot + 1, torch.ones_like(slot))[1:]
+        settings = f"tokens of {self.router.dtype}{_gradients(x)}"
+        traffic = self._agree(counts.view(self._ranks.size, -1), weight, settings, error)
+        send, receive = traffic.sum(2).tolist()
+        weight = weight / weight.sum(-1, keepdim=True)
+        return Route(weight, slot.argsort(stable=True), send, receive, traffic[1])
+
+    def compute(self, x: Tensor, route: Route) -> Tensor:
+        """Send every token where its route says, and return what comes back; collective under a group.
+
+        Args:
+            x: the tokens that `route` was given.
+            route: what it returned.
+
+        Returns:
+            A tensor like ``x``.
+        """
+        row = _inverse(route.choice)  # of each choice
+        rows = _permuted(x.reshape(-1, self.hidden_size), route.choice, row, self.top_k)
+        rows = _all_to_all(rows, route.receive, route.send, self._ranks)
+        rows = self._serve(rows, route.received)
+        rows = _all_to_all(rows, route.send, route.receive, self._ranks)
+        by_choice = _permuted(rows, row, route.choice).view(-1, self.top_k, self.hidden_size)
+        # Choice by choice, as the router has them: where they were served does not matter, and in float32 at least.
+        out = torch.zeros((), dtype=route.weight.dtype, device=x.device)
+        for part, weight in zip(by_choice.unbind(1), route.weight.unbind(1), strict=True):
+            out = out + part * weight.unsqueeze(-1)
+        return out.to(x.dtype).view_as(x)
+
+    def _refusal(self, x: Tensor) -> Exception | None:
+        """What is wrong before any work, to be raised on all ranks."""
+        if not isinstance(x, Tensor):
+            return TypeError(f"x is {seen(x)}, allowed is a torch.Tensor")
+        if x.dtype != self.router.dtype:
+            return TypeError(f"x has dtype {x.dtype}, allowed is the layer's, {self.router.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
+            return ValueError(f"x has shape {list(x.shape)}, allowed is [..., hidden_size] = [..., {self.hidden_size}]")
+        if x.device != self.router.device:
+            return ValueError(f"x is on {str(x.device)!r}, allowed is the layer's device, {str(self.router.device)!r}")
+        now = self.placement if self.balancer is None else self.balancer.placement
+        if now is not self.placement and now != self.placement:
+            return ValueError("the balancer has another placement than the weights of this layer")
+        return None
+
+    def _slots_for(self, expert: Tensor, error: Exception | None) -> tuple[Tensor, Exception | None]:
+        """The physical slot for every choice; an error of the balancer waits until all ranks agree on it."""
+        if self.balancer is None:
+            return expert, error
+        try:
+            return self.balancer.run(expert, None), error
+        except Exception as problem:
+            return torch.full_like(expert, -1), error or problem
+
+    # ---- between ranks
+
+    def _agree(self, counts: Tensor, weight: Tensor, settings: str, error: Exception | None) -> Tensor:
+        """Exchange the rows that ranks have for each other's slots; raise an error of one rank on all. Collective.
+
+        Args:
+            counts: rows of this rank for every slot, int64 ``[ranks, slots]``.
+            weight: router probabilities, refused if one is NaN.
+            settings: in what ranks must not differ, in words.
+            error: this rank's, if there is one already.
+
+        Returns:
+            Rows of this rank for every slot, and of every rank for this one's, int64 ``[2, ranks, slots]`` on the CPU.
+        """
+        if torch.compiler.is_compiling() or ops.is_traced(counts):
+            kind, text = exchange.error_word(error), "" if error is None else str(error)
+            traffic: Tensor = torch.ops.lplb.agree(counts, weight, settings, kind, text, self._handle)
+            return traffic
+        return self._agree_now(counts, weight, settings, error)
+
+    @torch.no_grad()
+    def _agree_now(self, counts: Tensor, weight: Tensor, settings: str, error: Exception | None) -> Tensor:
+        ranks, n_slots = self._ranks, counts.shape[1]
+        words = counts.new_tensor([exchange.error_word(error), exchange.LAYER, *_fingerprint(settings)])
+        if error is None:
+            words[0] = weight.isnan().any()  # the word of a ValueError is 1
+        sent = torch.cat([counts, words.expand(ranks.size, -1)], 1)
+        got = sent
+        if isinstance(ranks, exchange.Distributed):
+            got = torch.empty_like(sent)
+            dist.all_to_all_single(got, sent, group=ranks.group)
+        traffic = torch.stack([sent, got]).cpu()
+        if error is None and traffic[0, 0, n_slots] != 0:
+            token = int(weight.isnan().any(-1).nonzero()[0])
+            error = ValueError(f"the router's shares of token {token} are nan, allowed are finite scores")
+        exchange.raise_together(ranks, traffic[1, :, n_slots:].tolist(), error, settings)
+        traffic = traffic[:, :, :n_slots]
+        self.received = traffic[1]
+        return traffic
+
+    # ---- experts
+
+    def _serve(self, rows: Tensor, received: Tensor) -> Tensor:
+        """What the experts of this rank's slots make of rows that lie rank by rank, and in each slot by slot."""
+        n_ranks, n_slots = received.shape
+        per_slot = received.sum(0)
+        slots = (
+            torch.arange(n_slots, device=received.device)
+            .repeat(n_ranks)
+            .repeat_interleave(received.flatten(), output_size=len(rows))
+        )
+        row = slots.to(rows.device).argsort(stable=True)
+        place = _inverse(row)
+        rows = _permuted(rows, row, place)
+        if _has_grouped_matmul(rows, self.ffn_size):
+            offsets = per_slot.cumsum(0).to(rows.device, torch.int32)
+            served = _grouped(rows, offsets, self.experts.stacked("gate_up"), self.experts.stacked("down"))
+        else:
+            served = _one_by_one(rows, per_slot.tolist(), *self.expert_fields)
+        return _permuted(served.to(rows.dtype), place, row)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another layer to compiled code."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
+        self._handle = _handle_of(self)
+
+
+def _permuted(source: Tensor, index: Tensor, back: Tensor, times: int = 1) -> Tensor:
+    """``source[index // times]``, where ``index`` is a permutation and ``back`` its inverse."""
+    rows: Tensor = _Permuted.apply(source, index, back, times)  # type: ignore[no-untyped-call, unused-ignore]
+    return rows
+
+
+class _Permuted(torch.autograd.Function):
+    """The gradient of a row of ``source`` adds its ``times`` parts in their order, not in that of ``index``."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, index: Tensor, back: Tensor, times: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.times = times
+        return source.index_select(0, index // times if times > 1 else index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        parts = grad.index_select(0, back)
+        return (parts.view(-1, ctx.times, grad.shape[1]).sum(1) if ctx.times > 1 else parts), None, None, None
+
+
+def _all_to_all(rows: Tensor, receive: list[int], send: list[int], ranks: Exchange) -> Tensor:
+    """Give ``send[r]`` rows to every rank ``r``, for ``receive[r]`` of its rows; gradients go back."""
+    if not isinstance(ranks, exchange.Distributed):
+        return rows
+    got: Tensor = _AllToAll.apply(rows, receive, send, ranks.group)  # type: ignore[no-untyped-call, unused-ignore]
+    return got
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.receive, ctx.send, ctx.group = receive, send, group
+        got = rows.new_empty(sum(receive), rows.shape[1])
+        dist.all_to_all_single(got, rows.contiguous(), receive, send, group=group)
+        return got
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _AllToAll.apply(grad, ctx.send, ctx.receive, ctx.group), None, None, None  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _one_by_one(rows: Tensor, per_slot: list[int], gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
+    """Every slot's expert on its rows, slot after slot; slots without rows too, so that their gradients are zeros."""
+    parts = zip(torch.split(rows, per_slot), gate_up, down, strict=True)
+    return torch.cat([_swiglu(part @ first) @ second for part, first, second in parts])
+
+
+def _grouped(rows: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same in two launches; ``offsets`` int32 ``[slots]`` is where the rows of each slot end."""
+    inner = _swiglu(functional.grouped_mm(rows, gate_up, offs=offsets))
+    return functional.grouped_mm(inner, down, offs=offsets)
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return functional.silu(gate) * up
+
+
+def _has_grouped_matmul(rows: Tensor, ffn_size: int) -> bool:
+    """Whether torch has it, for this device and dtype, and rows of matrices are whole 16 bytes, as it wants them."""
+    aligned = rows.shape[1] * rows.element_size() % 16 == 0 and ffn_size * rows.element_size() % 16 == 0
+    return rows.is_cuda and hasattr(functional, "grouped_mm") and rows.dtype != torch.float64 and aligned
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    order = torch.arange(len(permutation), device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation, order)
+
+
+def _gradients(x: object) -> str:
+    wanted = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
+    return " that need gradients" if wanted else " without gradients"
+
+
+_fingerprint = lru_cache(exchange.fingerprint)
+
+
+# ---- checks of what the constructor is given
+
+
+def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if dtype not in _FLOATS:
+        raise TypeError(f"dtype is {dtype!r}, allowed are {', '.join(map(str, _FLOATS))}")
+    return dtype
+
+
+def _check_balancer(balancer: Planner | None, ranks: Exchange, n_experts: int, device: torch.device) -> None:
+    if not isinstance(ranks, (exchange.Local, exchange.Distributed)):
+        raise TypeError(f"group is {seen(ranks)}, allowed is a torch.distributed.ProcessGroup or None")
+    if balancer is None:
+        check_divides("n_experts", n_experts, "the number of ranks", ranks.size)
+        return
+    if not isinstance(balancer, Planner):
+        raise TypeError(f"balancer is {seen(balancer)}, allowed is an lplb.Planner or None")
+    members, own = _members(exchange.exchange_for(balancer.ep_group)), _members(ranks)
+    if members != own:
+        raise ValueError(f"balancer plans for {members}, allowed is a planner of this layer's group, {own}")
+    if balancer.n_logical_routed_experts != n_experts:
+        raise ValueError(
+            f"balancer plans for {balancer.n_logical_routed_experts} experts, allowed is n_experts = {n_experts}"
+        )
+    if balancer.device != device:
+        raise ValueError(f"balancer works on {str(balancer.device)!r}, allowed is the layer's device, {str(device)!r}")
+
+
+def _members(ranks: Exchange) -> str:
+    if isinstance(ranks, exchange.Local):
+        return "one process without a group"
+    if isinstance(ranks, exchange.Distributed):
+        return f"the processes {dist.get_process_group_ranks(ranks.group)}"
+    return f"a {type(ranks).__name__} exchange"
+
+
+# ---- the exchange of split sizes as an operator, for torch.compile; a graph holds the layer's number, not the layer
+
+_layers: "weakref.WeakValueDictionary[int, ExpertParallelMoE]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _handle_of(layer: ExpertParallelMoE) -> int:
+    handle = next(_numbers)
+    _layers[handle] = layer
+    return handle
+
+
+@torch.library.custom_op("lplb::agree", mutates_args=())
+def _agree(counts: Tensor, weight: Tensor, settings: str, kind: int, text: str, layer: int) -> Tensor:
+    error = exchange.KINDS[kind - 1](text) if kind else None
+    return _layers[layer]._agree_now(counts, weight, settings, error)
+
+
+@_agree.register_fake
+def _agree_fake(counts: Tensor, weight: Tensor, settings: str, kind: int, text: str, layer: int) -> Tensor:
+    return counts.new_empty(2, *counts.shape, device="cpu")
