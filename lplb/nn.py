@@ -27,9 +27,10 @@ from lplb.arguments import check_divides, seen, whole_number
 from lplb.exchange import Exchange
 from lplb.placement import Placement
 from lplb.planner import Planner
+from lplb.recompute import keep_routes, settled
 from lplb.slots import SlotWeights
 
-__all__ = ["ExpertParallelMoE", "Route"]
+__all__ = ["ExpertParallelMoE", "Route", "keep_routes"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -196,8 +197,8 @@ class ExpertParallelMoE(nn.Module):
     def route(self, x: Tensor) -> Route:
         """Choose the experts of every token and the slots that serve them; collective under a group.
 
-        The first half of `forward`. Kept outside of a region that is computed twice (activation checkpointing), it
-        plans once: ``checkpoint(layer.compute, x, layer.route(x), use_reentrant=False)``.
+        The first half of `forward`. Outside of a region that is computed twice it plans once:
+        ``checkpoint(layer.compute, x, layer.route(x), use_reentrant=False)``. Inside of one, see `keep_routes`.
 
         Args, Raises: as `forward`.
         """
@@ -205,13 +206,8 @@ class ExpertParallelMoE(nn.Module):
         tokens = self.router.new_empty(0, self.hidden_size) if error is not None else x.reshape(-1, self.hidden_size)
         scores = functional.linear(tokens, self.router)
         weight, expert = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).topk(self.top_k)
-        slot, error = self._slots_for(expert, error)
-        slot = slot.flatten()
-        n_slots = self.placement.n_physical
-        # A slot of -1, which the balancer gives on CUDA for a batch that another rank refused, is counted apart.
-        counts = slot.new_zeros(n_slots + 1).scatter_add_(0, slot + 1, torch.ones_like(slot))[1:]
         settings = f"tokens of {self.router.dtype}{_gradients(x)}"
-        traffic = self._agree(counts.view(self._ranks.size, -1), weight, settings, error)
+        slot, traffic = settled.again() or self._settle(expert, weight, settings, error)
         send, receive = traffic.sum(2).tolist()
         weight = weight / weight.sum(-1, keepdim=True)
         return Route(weight, slot.argsort(stable=True), send, receive, traffic[1])
@@ -225,7 +221,15 @@ class ExpertParallelMoE(nn.Module):
 
         Returns:
             A tensor like ``x``.
+
+        Raises:
+            TypeError, ValueError: ``x`` is not allowed.
         """
+        error = self._refusal(x)
+        if error is not None:
+            if not torch.compiler.is_compiling():
+                raise error
+            return x + route.received.sum()  # traced, but not reached: `route` raises, so the graph must hold it
         row = _inverse(route.choice)  # of each choice
         rows = _permuted(x.reshape(-1, self.hidden_size), route.choice, row, self.top_k)
         rows = _all_to_all(rows, route.receive, route.send, self._ranks)
@@ -244,8 +248,9 @@ class ExpertParallelMoE(nn.Module):
             return TypeError(f"x is {seen(x)}, allowed is a torch.Tensor")
         if x.dtype != self.router.dtype:
             return TypeError(f"x has dtype {x.dtype}, allowed is the layer's, {self.router.dtype}")
-        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
-            return ValueError(f"x has shape {list(x.shape)}, allowed is [..., hidden_size] = [..., {self.hidden_size}]")
+        features = int(x.shape[-1]) if x.dim() else 0  # an int in compiled code too, for the message
+        if features != self.hidden_size:
+            return ValueError(f"x has {features} features in its last dimension, allowed is {self.hidden_size}")
         if x.device != self.router.device:
             return ValueError(f"x is on {str(x.device)!r}, allowed is the layer's device, {str(self.router.device)!r}")
         now = self.placement if self.balancer is None else self.balancer.placement
@@ -253,16 +258,22 @@ class ExpertParallelMoE(nn.Module):
             return ValueError("the balancer has another placement than the weights of this layer")
         return None
 
-    def _slots_for(self, expert: Tensor, error: Exception | None) -> tuple[Tensor, Exception | None]:
-        """The physical slot for every choice; an error of the balancer waits until all ranks agree on it."""
-        if self.balancer is None:
-            return expert, error
-        try:
-            return self.balancer.run(expert, None), error
-        except Exception as problem:
-            return torch.full_like(expert, -1), error or problem
-
     # ---- between ranks
+
+    def _settle(self, expert: Tensor, weight: Tensor, settings: str, error: Exception | None) -> tuple[Tensor, Tensor]:
+        """The slot for every choice, and what `_agree` returns; an error waits until then. Collective."""
+        slot = expert
+        if self.balancer is not None:
+            try:
+                slot = self.balancer.run(expert, None)
+            except Exception as problem:
+                slot, error = torch.full_like(expert, -1), error or problem
+        slot = slot.flatten()
+        # A slot of -1, which the balancer gives on CUDA for a batch that another rank refused, is counted apart.
+        counts = slot.new_zeros(self.placement.n_physical + 1).scatter_add_(0, slot + 1, torch.ones_like(slot))[1:]
+        traffic = self._agree(counts.view(self._ranks.size, -1), weight, settings, error)
+        settled.note(slot, traffic)
+        return slot, traffic
 
     def _agree(self, counts: Tensor, weight: Tensor, settings: str, error: Exception | None) -> Tensor:
         """Exchange the rows that ranks have for each other's slots; raise an error of one rank on all. Collective.
@@ -298,7 +309,7 @@ class ExpertParallelMoE(nn.Module):
             token = int(weight.isnan().any(-1).nonzero()[0])
             error = ValueError(f"the router's shares of token {token} are nan, allowed are finite scores")
         exchange.raise_together(ranks, traffic[1, :, n_slots:].tolist(), error, settings)
-        traffic = traffic[:, :, :n_slots]
+        traffic = traffic[:, :, :n_slots].contiguous()  # as the operator promises
         self.received = traffic[1]
         return traffic
 

@@ -1,6 +1,8 @@
 """The EP layer over gloo processes: what it computes, who does how much, and that no rank is left waiting."""
 
+import copy
 import os
+import pickle
 import time
 from datetime import timedelta
 from functools import partial
@@ -12,9 +14,10 @@ import torch.distributed as dist
 from reference import ReferenceLP, integer_optimum
 from test_distributed import PROCESSES, call, on_ranks
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from lplb import Placement, Planner, topology
-from lplb.nn import ExpertParallelMoE
+from lplb import Placement, Planner, nn, topology
+from lplb.nn import ExpertParallelMoE, keep_routes
 from lplb.replay import place
 
 HIDDEN, FFN, N_EXPERTS, TOP_K = 8, 12, 32, 3
@@ -152,6 +155,7 @@ def run_on_four(rank):
         "cases": run_cases(rank, 4, cases_of(4)),
         "whole numbers": run_whole_numbers(rank, 4, ["none", "ring", "torus", "eplb"]),
         "float32": run_float32(rank, 4, ["none", "torus", "eplb"]),
+        "checkpoints": run_checkpoints(rank),
         "initial": {name: initial_weights(rank, 4, name) for name in ("none", "torus", "eplb")},
     }
 
@@ -303,6 +307,186 @@ def test_initial_weights_depend_on_the_seed_only(name, four):
             assert 0.8 * bound**-0.5 < expected[f"{name}.{e}"].abs().max() <= bound**-0.5
 
 
+# Activation checkpointing
+
+WAYS = {
+    "plain": lambda layer, x: layer(2 * x),
+    "keep_routes": lambda layer, x: checkpoint(lambda x: layer(2 * x), x, use_reentrant=False, context_fn=keep_routes),
+    "compute only": lambda layer, x: checkpoint(layer.compute, 2 * x, layer.route(2 * x), use_reentrant=False),
+    "nothing kept": lambda layer, x: checkpoint(lambda x: layer(2 * x), x, use_reentrant=False),
+}
+
+
+def run_checkpoints(rank):
+    """Every way of checkpointing: results, and how often the planner ran and split sizes were exchanged."""
+    layer = layer_of("eplb", 4, dist.group.WORLD)
+    x, grad = tokens(rank, SOME[rank])
+    calls = []
+    run, agree = layer.balancer.run, layer._agree
+    layer.balancer.run = lambda *given: calls.append("plan") or run(*given)
+    layer._agree = lambda *given: calls.append("agree") or agree(*given)
+    record = {}
+    for name, way in WAYS.items():
+        calls.clear()
+        x.grad = layer.router.grad = None
+        for leaf in (*layer.expert_fields[0], *layer.expert_fields[1]):
+            leaf.grad = None
+        out = way(layer, x)
+        out.backward(grad, retain_graph=True)
+        out.backward(grad)
+        grads = [leaf.grad for leaf in (x, layer.router, *layer.expert_fields[0], *layer.expert_fields[1])]
+        record[name] = out.detach(), grads, list(calls)
+    return record
+
+
+@pytest.mark.parametrize(("name", "times"), [("keep_routes", 1), ("compute only", 1), ("nothing kept", 3)])
+def test_checkpointed_layers_plan_once(name, times, four):
+    for result in four:
+        out, grads, calls = result["checkpoints"][name]
+        plain_out, plain_grads, plain_calls = result["checkpoints"]["plain"]
+        assert plain_calls == ["plan", "agree"]
+        assert calls == times * ["plan", "agree"]
+        assert torch.equal(out, plain_out)
+        assert all(map(torch.equal, grads, plain_grads))
+
+
+def test_layers_in_regions_within_regions():
+    layers = [layer_of(name, 4, None) for name in ("ring", "eplb", "torus")]
+
+    def inner(x):
+        return layers[2](layers[1](x))
+
+    def outer(x):
+        return layers[1](checkpoint(inner, layers[0](x), use_reentrant=False, context_fn=keep_routes))
+
+    x, grad = tokens(0, 20)
+    outer(x).backward(grad)
+    nested = x.grad, [p.grad for layer in layers for p in layer.parameters()]
+    x.grad = None
+    for layer in layers:
+        layer.zero_grad()
+    checkpoint(outer, x, use_reentrant=False, context_fn=keep_routes).backward(grad)
+    assert torch.equal(x.grad, nested[0])
+    assert all(map(torch.equal, [p.grad for layer in layers for p in layer.parameters()], nested[1]))
+
+
+# Weights in slots
+
+
+def leaves_of(layer):
+    return [*layer.expert_fields[0], *layer.expert_fields[1]]
+
+
+def assert_rows(layer):
+    """The leaves are the rows of one tensor per field."""
+    for field, leaves in zip(FIELDS, layer.expert_fields, strict=True):
+        stacked = layer.experts.stacked(field)
+        assert len(leaves) == len(stacked)
+        for row, leaf in zip(stacked, leaves, strict=True):
+            assert leaf.data_ptr() == row.data_ptr()
+            assert torch.equal(leaf, row)
+            assert leaf.is_leaf
+            assert leaf.requires_grad
+
+
+def test_homes_are_parameters_and_copies_are_not():
+    layer = layer_of("eplb", 4, None)
+    names = {f"experts.{field}.{e}" for field in FIELDS for e in range(N_EXPERTS)}
+    assert {name for name, _ in layer.named_parameters()} == layer.state_dict().keys() == names | {"router"}
+    assert not list(layer.buffers())
+    first = layer.placement.log2phy[:, 0].tolist()
+    assert layer.home.tolist() == first
+    at_home = {id(p) for p in layer.parameters()}
+    for leaves in layer.expert_fields:
+        assert [slot for slot, leaf in enumerate(leaves) if id(leaf) in at_home] == sorted(first)
+    assert_rows(layer)
+
+
+def test_an_optimizer_changes_the_rows():
+    layer = layer_of("eplb", 4, None)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    before = [leaf.detach().clone() for leaf in leaves_of(layer)]
+    result = step(layer, *tokens(0, 40))
+    optimizer.step()
+    assert_rows(layer)
+    at_home = {id(p) for p in layer.parameters()}
+    for leaf, was in zip(leaves_of(layer), before, strict=True):
+        assert torch.equal(leaf, was - 0.5 * leaf.grad if id(leaf) in at_home else was)
+    assert result["plan"].solved
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda layer: layer.float(), lambda layer: layer.to("meta").to_empty(device="cpu")]
+)
+def test_conversions_keep_leaves_and_gradients(convert):
+    layer = layer_of("eplb", 4, None)
+    step(layer, *tokens(0, 40))
+    before = [(leaf.detach().clone(), leaf.grad.clone()) for leaf in leaves_of(layer)]
+    dtype = convert(layer).router.dtype
+    assert_rows(layer)
+    if dtype == torch.float32:
+        for leaf, (was, grad) in zip(leaves_of(layer), before, strict=True):
+            assert torch.equal(leaf, was.float())
+            assert torch.equal(leaf.grad, grad.float())
+        row = step(layer, *tokens(0, 40, torch.float32))
+        assert_near(of_all([row]), dense([row])[0], 1e-4)
+    layer.reset_parameters()
+    assert torch.isfinite(layer(tokens(0, 4, dtype)[0])).all()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_is_apart(copied):
+    layer = layer_of("eplb", 4, None)
+    x, grad = tokens(0, 40)
+    want = step(layer, x, grad)
+    other = copied(layer)
+    assert_rows(other)
+    with torch.no_grad():
+        for leaf in leaves_of(layer):
+            leaf.zero_()
+    assert torch.equal(step(other, x, grad)["results"]["out"], want["results"]["out"])
+    assert layer(x).abs().max() == 0
+    assert other._handle != layer._handle
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts_fit_any_placement(assign):
+    torch.manual_seed(1)
+    source = ExpertParallelMoE(HIDDEN, FFN, N_EXPERTS, TOP_K, dtype=torch.float64)
+    layer = layer_of("eplb", 4, None)
+    layer.load_state_dict(copy.deepcopy(source.state_dict()), assign=assign)
+    assert_rows(layer)
+    expected = dict(source.experts.named_parameters())
+    for field, leaves in zip(FIELDS, layer.expert_fields, strict=True):
+        for expert, slot in enumerate(layer.home.tolist()):
+            assert torch.equal(leaves[slot], expected[f"{field}.{expert}"])
+    assert {name for name, _ in layer.named_parameters()} == {name for name, _ in source.named_parameters()}
+
+
+def test_grouped_matmul_equals_one_by_one(monkeypatch):
+    if not hasattr(functional, "grouped_mm"):
+        pytest.skip("needs torch.nn.functional.grouped_mm")
+    layer = layer_of("eplb", 4, None, torch.float32)
+    x, grad = tokens(0, 40, torch.float32)
+    want = step(layer, x, grad)
+    monkeypatch.setattr(nn, "_has_grouped_matmul", lambda *_: True)
+    got = step(layer, x, grad)
+    assert_near(of_all([got]), of_all([want]), 1e-5)
+    for leaf in leaves_of(layer):
+        assert leaf.grad is not None
+
+
+def test_any_shape_and_dtype():
+    layer = layer_of("eplb", 4, None, torch.bfloat16)
+    x = tokens(0, 12)[0].detach().bfloat16()
+    out = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(layer(x.view(2, 6, HIDDEN)), out.view(2, 6, HIDDEN))
+    assert torch.equal(layer(x.T.contiguous().T), out)
+    assert torch.equal(layer(x[3]), layer(x[3:4])[0])
+    assert layer(x.view(2, 6, HIDDEN)[:, :0]).shape == (2, 0, HIDDEN)
+
+
 # Refusals: on all ranks, and everything goes on as before
 
 SIZE, SICK = 4, 2
@@ -321,9 +505,9 @@ BAD_TOKENS = {
         GOOD[:, 1:],
         GOOD,
         "ValueError",
-        "x has shape [5, 7], allowed is [..., hidden_size] = [..., 8]",
+        "x has 7 features in its last dimension, allowed is 8",
     ),
-    "no dimension": (torch.tensor(1.0), GOOD, "ValueError", "x has shape [], allowed"),
+    "no dimension": (torch.tensor(1.0), GOOD, "ValueError", "x has 0 features in its last dimension, allowed is 8"),
     "device of tokens": (GOOD.to("meta"), GOOD, "ValueError", "x is on 'meta', allowed is the layer's device, 'cpu'"),
     "no tensor": (None, GOOD, "TypeError", "x is a NoneType, allowed is a torch.Tensor"),
     "NaN": (GOOD.index_fill(0, torch.tensor([3]), torch.nan), GOOD, "ValueError", "token 3 are nan, allowed"),
