@@ -340,10 +340,7 @@ def bench_solve(case: Solve, solver: str, linalg: str, flush: torch.Tensor) -> l
     loads = [p.loads[[(i + k) % SETS for k in range(case.layers)]].reshape(*shape, -1) for i in range(SETS)]
     wanted = [on_cpu.solve(load, solver=solver) for load in loads]
     backend, there = planner._backend, [load.to(DEVICE) for load in loads]
-    n_groups = p.placement.n_ranks // p.group_size
-    plans = [
-        empty_plan(shape, p.placement.n_physical, p.placement.n_ranks, n_groups, solver, planner.device) for _ in loads
-    ]
+    plans = [empty_plan(shape, planner._rules, solver, planner.device) for _ in loads]
 
     def call(i: int) -> Call:
         return lambda: backend.solve(there[i], plans[i], None)
@@ -376,7 +373,13 @@ def bench_solve(case: Solve, solver: str, linalg: str, flush: torch.Tensor) -> l
         rows = [row(name, times, SETS, bar_us=case.bar, cpu_us=cpu, of=facts)]
         if solver == "ipm":
             rows[0].note = f"{iterations:.1f} iterations"
-        if case.layers == 1 and case.bar is not None and n_groups == 1 and linalg == "builtin" and solver == "ipm":
+        if (
+            case.layers == 1
+            and case.bar is not None
+            and planner.n_group == 1
+            and linalg == "builtin"
+            and solver == "ipm"
+        ):
             rows.append(cold_row(f"{name}, cold", calls[:8], flush))
     return rows
 

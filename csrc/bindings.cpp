@@ -9,9 +9,9 @@
 
 namespace py = pybind11;
 using lplb::PlanArrays;
+using lplb::Sources;
 using lplb::cpu::Chunks;
 using lplb::cpu::Planner;
-using lplb::cpu::RankCounts;
 
 namespace {
 
@@ -35,28 +35,48 @@ int64_t count(const Planner& p, Address indices, int index_bytes, std::tuple<int
                           : p.count(at<const int32_t>(indices), c, at<int32_t>(prefix), threads);
 }
 
-int64_t solve(Planner& p, Address loads, int64_t batch, int solver, std::array<Address, 7> out, Address log,
-              int threads) {
+// (address, stride, ranks, ranks per node)
+using SourceTable = std::tuple<Address, int64_t, int, int>;
+
+Sources sources_at(const SourceTable& t) {
+  return {at<const int32_t>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+int64_t solve(Planner& p, Address loads, int64_t batch, const SourceTable& from, int64_t fewest, int solver,
+              std::array<Address, 7> out, Address log, int threads) {
   const PlanArrays arrays = plan_at(out);
   py::gil_scoped_release release;
-  return p.solve(at<const int64_t>(loads), batch, static_cast<lplb::Solver>(solver), arrays,
+  return p.solve(at<const int64_t>(loads), batch, sources_at(from), fewest, static_cast<lplb::Solver>(solver), arrays,
                  at<lplb::IterationRow>(log), threads);
 }
 
-void assign(Planner& p, Address indices, int index_bytes, std::tuple<int64_t, int, int64_t> chunks, Address prefix,
-            Address counts, int64_t stride, int source, Address quota, Address physical, int threads) {
-  const Chunks c{std::get<0>(chunks), std::get<1>(chunks), std::get<2>(chunks)};
-  const auto *pre = at<const int32_t>(prefix), *q = at<const int32_t>(quota);
-  const RankCounts all{at<const int32_t>(counts), stride};
-  py::gil_scoped_release release;
-  if (index_bytes == 8)
-    p.assign(at<const int64_t>(indices), c, pre, all, source, q, at<int64_t>(physical), threads);
-  else
-    p.assign(at<const int32_t>(indices), c, pre, all, source, q, at<int32_t>(physical), threads);
+void shares(const Planner& p, const SourceTable& from, int source, int split, Address quota, Address status,
+            Address weights, Address starts) {
+  p.shares(sources_at(from), source, static_cast<lplb::Split>(split), at<int32_t>(quota), at<int32_t>(status),
+           {at<int32_t>(weights), at<int32_t>(starts)});
 }
 
-int64_t total(Address counts, int64_t stride, int n_ranks, int n_logical, Address loads) {
-  return lplb::cpu::total({at<const int32_t>(counts), stride}, n_ranks, n_logical, at<int64_t>(loads));
+void tokens_by_source(const Planner& p, const SourceTable& from, int split, Address quota, Address status,
+                      Address tokens) {
+  py::gil_scoped_release release;
+  p.tokens_by_source(sources_at(from), static_cast<lplb::Split>(split), at<int32_t>(quota), at<int32_t>(status),
+                     at<int32_t>(tokens));
+}
+
+void assign(Planner& p, Address indices, int index_bytes, std::tuple<int64_t, int, int64_t> chunks, Address prefix,
+            Address weights, Address starts, Address physical, int threads) {
+  const Chunks c{std::get<0>(chunks), std::get<1>(chunks), std::get<2>(chunks)};
+  const auto* pre = at<const int32_t>(prefix);
+  const lplb::cpu::Shares s{at<int32_t>(weights), at<int32_t>(starts)};
+  py::gil_scoped_release release;
+  if (index_bytes == 8)
+    p.assign(at<const int64_t>(indices), c, pre, s, at<int64_t>(physical), threads);
+  else
+    p.assign(at<const int32_t>(indices), c, pre, s, at<int32_t>(physical), threads);
+}
+
+int64_t total(const SourceTable& from, int n_logical, Address loads) {
+  return lplb::cpu::total(sources_at(from), n_logical, at<int64_t>(loads));
 }
 
 void add(Address counter, int bytes, int64_t value) {
@@ -85,18 +105,19 @@ void cuda_count(const CudaPlanner& p, Address indices, int index_bytes, int64_t 
 void cuda_solve(const CudaPlanner& p, Address loads, int64_t batch, int solver, std::array<Address, 7> out, Address log,
                 Address stream) {
   py::gil_scoped_release release;
-  p.solve(at<int64_t>(loads), batch, {}, static_cast<lplb::Solver>(solver), plan_at(out), at<lplb::IterationRow>(log),
-          stream_at(stream));
+  p.solve(at<int64_t>(loads), batch, {}, 0, static_cast<lplb::Solver>(solver), plan_at(out),
+          at<lplb::IterationRow>(log), stream_at(stream));
 }
 
-void cuda_solve_table(const CudaPlanner& p, Address table, int64_t stride, int ranks, int source,
-                      const std::vector<int32_t>& expected, Address loads, int solver, std::array<Address, 7> out,
-                      Address counter, int counter_bytes, Address log, Address stream) {
+lplb::ShareRule rule_of(const SourceTable& from, int source, int split, const PlanArrays& plan) {
+  return {sources_at(from), source, static_cast<lplb::Split>(split), 0, plan.quota, plan.status};
+}
+
+void cuda_solve_table(const CudaPlanner& p, const SourceTable& from, const std::vector<int32_t>& expected,
+                      int64_t fewest, Address loads, int solver, std::array<Address, 7> out, Address counter,
+                      int counter_bytes, Address log, Address stream) {
   lplb::cuda::ExchangedTable t{};
-  t.counts = at<int32_t>(table);
-  t.stride = stride;
-  t.ranks = ranks;
-  t.source = source;
+  t.from = sources_at(from);
   t.n_words = static_cast<int>(expected.size());
   if (t.n_words > lplb::cuda::kCheckWords)
     throw std::invalid_argument("words are " + std::to_string(t.n_words) + ", allowed are " +
@@ -105,33 +126,35 @@ void cuda_solve_table(const CudaPlanner& p, Address table, int64_t stride, int r
   t.counter = at<void>(counter);
   t.counter_bytes = counter_bytes;
   py::gil_scoped_release release;
-  p.solve(at<int64_t>(loads), 1, t, static_cast<lplb::Solver>(solver), plan_at(out), at<lplb::IterationRow>(log),
-          stream_at(stream));
+  p.solve(at<int64_t>(loads), 1, t, fewest, static_cast<lplb::Solver>(solver), plan_at(out),
+          at<lplb::IterationRow>(log), stream_at(stream));
 }
 
 void cuda_assign(const CudaPlanner& p, Address indices, int index_bytes, int64_t n, int blocks, int64_t length,
-                 Address prefix, int source, Address quota, Address physical, Address stream) {
+                 Address prefix, const SourceTable& from, int source, int split, std::array<Address, 7> plan,
+                 Address physical, Address stream) {
+  const auto rule = rule_of(from, source, split, plan_at(plan));
   py::gil_scoped_release release;
-  p.assign(at<void>(indices), index_bytes, {n, length}, blocks, at<int32_t>(prefix), source, at<int32_t>(quota),
-           at<void>(physical), stream_at(stream));
+  p.assign(at<void>(indices), index_bytes, {n, length}, blocks, at<int32_t>(prefix), rule, at<void>(physical),
+           stream_at(stream));
 }
 
-void cuda_run(const CudaPlanner& p, Address indices, int index_bytes, int64_t n, int n_sms, Address row, Address loads,
-              int solver, std::array<Address, 7> out, Address counter, int counter_bytes, Address physical,
-              Address stream) {
+void cuda_run(const CudaPlanner& p, Address indices, int index_bytes, int64_t n, int n_sms, Address row, int64_t fewest,
+              Address loads, int solver, std::array<Address, 7> out, Address counter, int counter_bytes,
+              Address physical, Address stream) {
   const lplb::cuda::Blocks blocks = p.blocks(n, n_sms);
   const lplb::Cut cut{n, blocks.length};
+  const SourceTable alone{row, 0, 1, 0};
   lplb::cuda::ExchangedTable t{};
-  t.counts = at<int32_t>(row);
-  t.ranks = 1;
+  t.from = sources_at(alone);
   t.counter = at<void>(counter);
   t.counter_bytes = counter_bytes;
   const auto plan = plan_at(out);
   py::gil_scoped_release release;
   p.count(at<void>(indices), index_bytes, cut, blocks.count, p.prefix(), at<int32_t>(row), stream_at(stream));
-  p.solve(at<int64_t>(loads), 1, t, static_cast<lplb::Solver>(solver), plan, nullptr, stream_at(stream));
-  p.assign(at<void>(indices), index_bytes, cut, blocks.count, p.prefix(), 0, plan.quota, at<void>(physical),
-           stream_at(stream));
+  p.solve(at<int64_t>(loads), 1, t, fewest, static_cast<lplb::Solver>(solver), plan, nullptr, stream_at(stream));
+  p.assign(at<void>(indices), index_bytes, cut, blocks.count, p.prefix(), rule_of(alone, 0, 0, plan),
+           at<void>(physical), stream_at(stream));
 }
 
 void add_cuda(py::module_& m) {
@@ -172,15 +195,15 @@ void add_cuda(py::module_& m) {
            py::arg("length"), py::arg("prefix"), py::arg("row"), py::arg("stream"))
       .def("solve", &cuda_solve, py::arg("loads"), py::arg("batch"), py::arg("solver"), py::arg("out"), py::arg("log"),
            py::arg("stream"))
-      .def("solve_table", &cuda_solve_table, py::arg("table"), py::arg("stride"), py::arg("ranks"), py::arg("source"),
-           py::arg("words"), py::arg("loads"), py::arg("solver"), py::arg("out"), py::arg("counter"),
-           py::arg("counter_bytes"), py::arg("log"), py::arg("stream"))
-      .def("assign", &cuda_assign, py::arg("indices"), py::arg("index_bytes"), py::arg("n"), py::arg("blocks"),
-           py::arg("length"), py::arg("prefix"), py::arg("source"), py::arg("quota"), py::arg("physical"),
+      .def("solve_table", &cuda_solve_table, py::arg("table"), py::arg("words"), py::arg("fewest"), py::arg("loads"),
+           py::arg("solver"), py::arg("out"), py::arg("counter"), py::arg("counter_bytes"), py::arg("log"),
            py::arg("stream"))
+      .def("assign", &cuda_assign, py::arg("indices"), py::arg("index_bytes"), py::arg("n"), py::arg("blocks"),
+           py::arg("length"), py::arg("prefix"), py::arg("table"), py::arg("source"), py::arg("split"), py::arg("plan"),
+           py::arg("physical"), py::arg("stream"))
       .def("run", &cuda_run, py::arg("indices"), py::arg("index_bytes"), py::arg("n"), py::arg("n_sms"), py::arg("row"),
-           py::arg("loads"), py::arg("solver"), py::arg("out"), py::arg("counter"), py::arg("counter_bytes"),
-           py::arg("physical"), py::arg("stream"));
+           py::arg("fewest"), py::arg("loads"), py::arg("solver"), py::arg("out"), py::arg("counter"),
+           py::arg("counter_bytes"), py::arg("physical"), py::arg("stream"));
 }
 #endif
 
@@ -211,8 +234,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("mathdx_version") = "";
   m.attr("cusolverdx_targets") = py::tuple();
 #endif
-  m.def("total", &total, py::arg("counts"), py::arg("stride"), py::arg("n_ranks"), py::arg("n_logical"),
-        py::arg("loads"));
+  m.def("total", &total, py::arg("table"), py::arg("n_logical"), py::arg("loads"));
   m.def("add", &add, py::arg("counter"), py::arg("bytes"), py::arg("value"));
   py::class_<Planner>(m, "CpuPlanner")
       .def(py::init<const std::vector<int32_t>&, int, int, int, const std::vector<double>&, int>(), py::arg("phy2log"),
@@ -220,9 +242,12 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("workspace_bytes", &Planner::workspace_bytes)
       .def("count", &count, py::arg("indices"), py::arg("index_bytes"), py::arg("chunks"), py::arg("prefix"),
            py::arg("threads"))
-      .def("solve", &solve, py::arg("loads"), py::arg("batch"), py::arg("solver"), py::arg("out"), py::arg("log"),
-           py::arg("threads"))
+      .def("solve", &solve, py::arg("loads"), py::arg("batch"), py::arg("table"), py::arg("fewest"), py::arg("solver"),
+           py::arg("out"), py::arg("log"), py::arg("threads"))
+      .def("shares", &shares, py::arg("table"), py::arg("source"), py::arg("split"), py::arg("quota"),
+           py::arg("status"), py::arg("weights"), py::arg("starts"))
+      .def("tokens_by_source", &tokens_by_source, py::arg("table"), py::arg("split"), py::arg("quota"),
+           py::arg("status"), py::arg("tokens"))
       .def("assign", &assign, py::arg("indices"), py::arg("index_bytes"), py::arg("chunks"), py::arg("prefix"),
-           py::arg("counts"), py::arg("stride"), py::arg("source"), py::arg("quota"), py::arg("physical"),
-           py::arg("threads"));
+           py::arg("weights"), py::arg("starts"), py::arg("physical"), py::arg("threads"));
 }

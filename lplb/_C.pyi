@@ -1,8 +1,10 @@
 """The compiled backends. They take addresses and sizes and check nothing: `lplb.planner` does, before it calls.
 
-Addresses are those of contiguous arrays, 0 for none. ``chunks`` is ``(n, count, length)``: chunk ``i`` of ``n``
-tokens is ``[i * length, (i + 1) * length)``, clipped. Methods let other Python threads run; a planner
-serves one caller at a time. Nothing is allocated after construction.
+Addresses are those of contiguous arrays, 0 for none. A ``table`` is ``(address, stride, ranks, ranks_per_node)``:
+int32 counts per logical expert, a row per source rank, ``stride`` apart; ``ranks_per_node`` 0 for one row of tokens of
+no rank in particular. ``split`` is 0 for plain, 1 for local first. ``chunks`` is ``(n, count, length)``: chunk ``i`` of
+``n`` tokens is ``[i * length, (i + 1) * length)``, clipped. Methods let other Python threads run; a planner serves one
+caller at a time. Nothing is allocated after construction.
 """
 
 from collections.abc import Sequence
@@ -24,8 +26,10 @@ mathdx_version: str
 cusolverdx_targets: tuple[str, ...]
 """What the kernels with cuSolverDx are compiled for, machine code only; empty where MathDx is not in."""
 
-def total(counts: int, stride: int, n_ranks: int, n_logical: int, loads: int) -> int:
-    """Sum ``counts`` int32 (a row per rank, ``stride`` apart) into int64 ``loads``; return the largest sum."""
+_Table = tuple[int, int, int, int]
+
+def total(table: _Table, n_logical: int, loads: int) -> int:
+    """Sum the table's rows into int64 ``loads``; return the largest sum."""
 
 def add(counter: int, bytes: int, value: int) -> None:
     """Add to one int32 or int64."""
@@ -47,13 +51,36 @@ class CpuPlanner:
     def count(self, indices: int, index_bytes: int, chunks: tuple[int, int, int], prefix: int, threads: int) -> int:
         """Inclusive counts per chunk, int32 ``[count, n_logical]``; returns the first bad position, or -1."""
 
-    def solve(self, loads: int, batch: int, solver: int, out: Sequence[int], log: int, threads: int) -> int:
+    def solve(
+        self,
+        loads: int,
+        batch: int,
+        table: _Table,
+        fewest: int,
+        solver: int,
+        out: Sequence[int],
+        log: int,
+        threads: int,
+    ) -> int:
         """Solve int64 ``loads [batch, n_logical]``; returns how many groups were solved.
+
+        Groups with fewer tokens than ``fewest`` take the fixed split instead: for a batch of one, the table's sum.
 
         ``out``: quota int32 ``[batch, n_physical]``, rank_load int64 ``[batch, n_ranks]``, and ``[batch, n_groups]``
         each max_load int64, lower_bound float64, gap float64, iterations int32, status int32. ``log``: float64
         ``[n_groups, max_iterations + 1, len(log_fields)]`` for a batch of one.
         """
+
+    def shares(
+        self, table: _Table, source: int, split: int, quota: int, status: int, weights: int, starts: int
+    ) -> None:
+        """How rank ``source`` shares out a plan made for ``table``: int32 ``[n_physical]`` and ``[n_logical]``.
+
+        Entries of experts with one slot are left as they are.
+        """
+
+    def tokens_by_source(self, table: _Table, split: int, quota: int, status: int, tokens: int) -> None:
+        """The tokens that every source sends to every physical expert: int32 ``[ranks, n_physical]``."""
 
     def assign(
         self,
@@ -61,14 +88,12 @@ class CpuPlanner:
         index_bytes: int,
         chunks: tuple[int, int, int],
         prefix: int,
-        counts: int,
-        stride: int,
-        source: int,
-        quota: int,
+        weights: int,
+        starts: int,
         physical: int,
         threads: int,
     ) -> None:
-        """Map the tokens of rank ``source``; ``counts`` int32, a row per rank, ``stride`` apart. In place if asked."""
+        """Map tokens by `shares`; after their `count`, with the same chunks. In place if asked."""
 
 class CudaPlanner:
     """A placement compiled for a CUDA device; only in builds with CUDA.
@@ -126,11 +151,9 @@ class CudaPlanner:
 
     def solve_table(
         self,
-        table: int,
-        stride: int,
-        ranks: int,
-        source: int,
+        table: _Table,
         words: Sequence[int],
+        fewest: int,
         loads: int,
         solver: int,
         out: Sequence[int],
@@ -139,7 +162,7 @@ class CudaPlanner:
         log: int,
         stream: int,
     ) -> None:
-        """Sum int32 ``table [ranks, stride]`` to ``loads``, solve, and raise the counter by the groups solved.
+        """Sum the table to ``loads``, solve as `CpuPlanner.solve` does, and raise the counter by the groups solved.
 
         Where an expert has too many tokens, groups without it are counted all the same.
 
@@ -155,14 +178,16 @@ class CudaPlanner:
         blocks: int,
         length: int,
         prefix: int,
+        table: _Table,
         source: int,
-        quota: int,
+        split: int,
+        plan: Sequence[int],
         physical: int,
         stream: int,
     ) -> None:
-        """Map the tokens of rank ``source``; after their `count`, with the same blocks and length.
+        """Map the tokens of rank ``source`` by a plan made for ``table``, or for an earlier batch.
 
-        For ranks other than 0 the last `solve_table` must have been this one's.
+        After their `count`, with the same blocks and length. ``plan`` as ``out`` of `CpuPlanner.solve`.
         """
 
     def run(
@@ -172,6 +197,7 @@ class CudaPlanner:
         n: int,
         n_sms: int,
         row: int,
+        fewest: int,
         loads: int,
         solver: int,
         out: Sequence[int],

@@ -5,6 +5,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from lplb.exchange import Exchange
+from lplb.overlap import Overlap
 from lplb.plan import Plan
 
 
@@ -29,6 +31,8 @@ class Backend(Protocol):
 
     name: str
     """For reports: device and variant."""
+    overlap: Overlap
+    """For an exchange and its plan that go on beside what the caller does next."""
     loads: torch.Tensor
     """What the last plan is for: tokens per logical expert over all ranks, int64 ``[n_logical]``."""
     plan: Plan
@@ -49,6 +53,12 @@ class Backend(Protocol):
     def last_plan(self) -> Plan | None:
         """A copy of the last plan, if there is one."""
 
+    def plan_in_use(self) -> Plan:
+        """A copy of the last plan; before the first, of one without tokens, by which all take the fixed split."""
+
+    def use(self, ranks: Exchange) -> None:
+        """Exchange counts through another transport between the same ranks from now on."""
+
     def check_earlier(self) -> None:
         """Raise, once, what is known only now of earlier calls: `exchange.EarlierFault`."""
 
@@ -60,20 +70,23 @@ class Backend(Protocol):
     def run(self, idx: torch.Tensor, counter: torch.Tensor | None, n_sms: int | None) -> torch.Tensor:
         """All stages of a planner without a group."""
 
-    def count_own(self, idx: torch.Tensor, n_sms: int | None) -> Counted:
-        """Count this rank's batch into its row of the table."""
+    def count_own(self, idx: torch.Tensor, n_sms: int | None, method: int) -> Counted:
+        """Count this rank's batch into the row that `gather` with the same method sends."""
 
     def put_own(self, counts: torch.Tensor) -> None:
         """Take given counts for this rank's row, int64 ``[n_logical]``."""
 
-    def gather(self, method: int, error: Exception | None) -> None:
-        """Exchange this rank's row, or its error, for the table of all ranks; then raise the error. Collective."""
+    def gather(self, method: int, error: Exception | None, *, blamed: bool = True) -> None:
+        """Exchange this rank's row, or its error, for the table of all ranks; then raise the error. Collective.
+
+        An error that is not ``blamed`` is of an earlier call: this rank gives no tokens, and the others go on.
+        """
 
     def solve_gathered(self, counter: torch.Tensor | None, log: torch.Tensor | None) -> None:
         """Plan the sum of the gathered table into ``plan``, and raise the counter by the groups solved."""
 
     def assign_gathered(self, counted: Counted) -> torch.Tensor:
-        """Map the counted batch by the plan of the gathered loads."""
+        """Map the counted batch by the last plan: of the gathered loads, or of an earlier batch's."""
 
     # ---- each by itself
 
@@ -83,8 +96,8 @@ class Backend(Protocol):
     def solve(self, loads: torch.Tensor, plan: Plan, log: torch.Tensor | None) -> None:
         """Plan one load or a batch of them, contiguous int64 ``[..., n_logical]``, into an empty plan."""
 
-    def assign(self, idx: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """Map a batch by quotas of this rank alone, int32 ``[n_physical]``."""
+    def assign(self, idx: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Map a batch by a plan. Where it has no counts its quotas are taken for this rank's alone."""
 
     def new_log(self) -> torch.Tensor:
         """Memory for the iterations of one load's solve: float64 ``[n_group, max_iterations + 1, log fields]``."""

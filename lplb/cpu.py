@@ -1,6 +1,7 @@
 """The stages on the CPU: buffers, chunks and threads around `lplb._C.CpuPlanner`."""
 
 import contextlib
+from dataclasses import replace
 
 import torch
 
@@ -8,20 +9,21 @@ from lplb import _C, exchange
 from lplb.arguments import MOST_TOKENS
 from lplb.backend import Counted
 from lplb.exchange import Exchange
-from lplb.placement import Placement
-from lplb.plan import SOLVERS, Plan, empty_plan
+from lplb.overlap import OnThread, Overlap
+from lplb.plan import SOLVERS, SPLITS, Plan, Rules, empty_plan
 
 _TOKENS_PER_THREAD = 1 << 16  # below this a thread costs more than it saves
+_NOBODY = 0, 0, 1, 0  # sources that are not known, with the address of a row of zeros where one is read
 
 
 class Backend:
     """An `lplb.backend.Backend` for the CPU.
 
     Args:
-        placement: where the experts are.
-        group_size: ranks that balance among themselves.
+        rules: where the experts are, which ranks balance among themselves, and how sources share out quotas.
         speed: how fast each rank is.
         solver: of the plans that `solve_gathered` makes.
+        min_tokens: below it a group is not solved.
         ranks: how ranks learn each other's counts.
         fingerprint: of placement and settings, the same on every rank.
         device: the CPU.
@@ -33,24 +35,26 @@ class Backend:
 
     def __init__(
         self,
-        placement: Placement,
-        group_size: int,
+        rules: Rules,
         speed: list[float],
         solver: str,
+        min_tokens: int,
         ranks: Exchange,
         fingerprint: tuple[int, int],
         device: torch.device,
     ) -> None:
         """See the class."""
-        self._n_logical = n_logical = placement.n_logical
-        self._n_groups = placement.n_ranks // group_size
+        self._n_logical = n_logical = max(rules.phy2log) + 1
         self._max_threads = max(1, torch.get_num_threads())
         self._planner = _C.CpuPlanner(
-            placement.phy2log.tolist(), n_logical, placement.n_ranks, group_size, speed, self._max_threads
+            rules.phy2log, n_logical, rules.n_ranks, rules.group_size, speed, self._max_threads
         )
-        self._ranks = ranks
+        self._rules = rules
+        self._min_tokens = min_tokens
         self._solver = solver
+        self._ranks = ranks
         self._alone = isinstance(ranks, exchange.Local)
+        self.overlap: Overlap = OnThread()
         self._prefix = torch.zeros(self._max_threads, n_logical, dtype=torch.int32, device=device)
         self._totals = self._prefix.unbind()  # of batches in 1, 2, … parts
         # what this rank sends, with the words that say all is well, and what all ranks send
@@ -62,19 +66,32 @@ class Backend:
         self._own_counts = self._row[:n_logical]
         self._table = self._row.view(1, -1) if self._alone else self._row.repeat(ranks.size, 1)
         self.loads = torch.zeros(n_logical, dtype=torch.int64, device=device)
-        self.plan = empty_plan((), placement.n_physical, placement.n_ranks, self._n_groups, solver, device)
+        # shares of this rank, and a row for plans whose quotas are its own
+        self._weights = torch.zeros(len(rules.phy2log), dtype=torch.int32, device=device)
+        self._starts = torch.zeros(2, n_logical, dtype=torch.int32, device=device)
+        counts = None if self._alone else self._table[:, :n_logical]
+        self.plan = replace(empty_plan((), rules, solver, device), counts=counts)
         self._plan_addresses = self.plan.addresses()
         self._planned = False
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes kept, most of them untouched where few threads run."""
+        shares = [self._weights, self._starts]
         tensors = [self._prefix, self._row, *self._all_well.values(), self._table, self.loads, *self.plan.tensors()]
-        return self._planner.workspace_bytes + sum(t.numel() * t.element_size() for t in tensors)
+        return self._planner.workspace_bytes + sum(t.numel() * t.element_size() for t in tensors + shares)
 
     def last_plan(self) -> Plan | None:
         """A copy of the last plan, if there is one."""
-        return self.plan.copy() if self._planned else None
+        return self.plan_in_use() if self._planned else None
+
+    def plan_in_use(self) -> Plan:
+        """A copy of the last plan; before the first, of one without tokens, by which all take the fixed split."""
+        return self.plan.copy()
+
+    def use(self, ranks: Exchange) -> None:
+        """Exchange counts through another transport between the same ranks from now on."""
+        self._ranks = ranks
 
     def check_earlier(self) -> None:
         """Nothing: here errors are raised at once."""
@@ -86,13 +103,13 @@ class Backend:
 
     def run(self, idx: torch.Tensor, counter: torch.Tensor | None, n_sms: int | None) -> torch.Tensor:
         """All stages of a planner without a group."""
-        counted = self.count_own(idx, n_sms)
+        counted = self.count_own(idx, n_sms, exchange.RUN)
         self.gather(exchange.RUN, None)
         self.solve_gathered(counter, None)
         return self.assign_gathered(counted)
 
-    def count_own(self, idx: torch.Tensor, n_sms: int | None) -> Counted:
-        """Count this rank's batch into its row of the table."""
+    def count_own(self, idx: torch.Tensor, n_sms: int | None, method: int) -> Counted:
+        """Count this rank's batch into the row that `gather` with the same method sends."""
         counted = self._counted(idx, n_sms)
         self._own_counts.copy_(self._totals[counted.blocks - 1])
         return counted
@@ -101,21 +118,24 @@ class Backend:
         """Take given counts for this rank's row."""
         self._own_counts.copy_(counts)
 
-    def gather(self, method: int, error: Exception | None) -> None:
-        """Exchange this rank's row or its error for the table of all ranks, and sum the table to loads. Collective."""
+    def gather(self, method: int, error: Exception | None, *, blamed: bool = True) -> None:
+        """Exchange this rank's row or its error for the table of all ranks, and sum the table to loads. Collective.
+
+        An error that is not ``blamed`` is of an earlier call: this rank gives no tokens, and the others go on.
+        """
         table, n_logical = self._table, self._n_logical
-        if self._alone:
-            if error is not None:
-                raise error
-        else:
+        if not self._alone:
             if error is not None:
                 self._own_counts.zero_()
             self._row[n_logical:] = self._all_well[method][0]
-            self._row[n_logical] = exchange.error_word(error)
-            self._ranks.gather(self._row, table)
-            if not torch.equal(table[:, n_logical:], self._all_well[method]):
-                exchange.raise_together(self._ranks, table[:, n_logical:].tolist(), error)
-        most = _C.total(table.data_ptr(), table.shape[1], self._ranks.size, n_logical, self.loads.data_ptr())
+            self._row[n_logical] = exchange.error_word(error) if blamed else 0
+            with exchange.turn(self._ranks):
+                exchange.gather(self._ranks, method, self._row, table)
+                if not torch.equal(table[:, n_logical:], self._all_well[method]):
+                    exchange.raise_together(self._ranks, table[:, n_logical:].tolist(), error)
+        if error is not None:
+            raise error
+        most = _C.total(self._sources(), n_logical, self.loads.data_ptr())
         if most > MOST_TOKENS:
             raise ValueError(f"an expert has {most} tokens over all ranks, allowed are {MOST_TOKENS}")
 
@@ -123,15 +143,22 @@ class Backend:
         """Plan the gathered loads into ``plan``, and raise the counter by the groups solved."""
         log_address = 0 if log is None else log.data_ptr()
         solved = self._planner.solve(
-            self.loads.data_ptr(), 1, SOLVERS[self._solver], self._plan_addresses, log_address, 1
+            self.loads.data_ptr(),
+            1,
+            self._sources(),
+            self._min_tokens,
+            SOLVERS[self._solver],
+            self._plan_addresses,
+            log_address,
+            1,
         )
         self._planned = True
         if counter is not None:
             _C.add(counter.data_ptr(), counter.element_size(), solved)
 
     def assign_gathered(self, counted: Counted) -> torch.Tensor:
-        """Map the counted batch by the plan of the gathered loads."""
-        return self._assign(counted, self._table, self._ranks.rank, self.plan.quota)
+        """Map the counted batch by the last plan: of the gathered loads, or of an earlier batch's."""
+        return self._assign(counted, self._sources(), self.plan)
 
     # ---- each by itself
 
@@ -144,18 +171,22 @@ class Backend:
     def solve(self, loads: torch.Tensor, plan: Plan, log: torch.Tensor | None) -> None:
         """Plan one load, or a batch of them on several threads, into an empty plan."""
         n_loads = loads.numel() // self._n_logical
-        threads = min(self._max_threads, n_loads * self._n_groups) if n_loads > 1 else 1
+        threads = min(self._max_threads, n_loads * plan.max_load.shape[-1]) if n_loads > 1 else 1
         log_address = 0 if log is None else log.data_ptr()
-        self._planner.solve(loads.data_ptr(), n_loads, SOLVERS[plan.solver], plan.addresses(), log_address, threads)
+        solver = SOLVERS[plan.solver]
+        self._planner.solve(loads.data_ptr(), n_loads, _NOBODY, 0, solver, plan.addresses(), log_address, threads)
 
-    def assign(self, idx: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """Map a batch by quotas of this rank alone."""
-        counted = self._counted(idx, None)
-        return self._assign(counted, self._prefix[counted.blocks - 1 :], 0, quota)
+    def assign(self, idx: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Map a batch by a plan. Where it has no counts its quotas are taken for this rank's alone."""
+        counts = plan.counts
+        sources = self._starts[1].data_ptr(), *_NOBODY[1:]
+        if counts is not None:
+            sources = counts.data_ptr(), counts.stride(0), len(counts), plan.rules.ranks_per_node
+        return self._assign(self._counted(idx, None), sources, plan)
 
     def new_log(self) -> torch.Tensor:
         """Memory for the iterations of one load's solve."""
-        shape = self._n_groups, _C.max_iterations + 1, len(_C.log_fields)
+        shape = len(self.plan.max_load), _C.max_iterations + 1, len(_C.log_fields)
         return torch.zeros(shape, dtype=torch.float64, device=self.loads.device)
 
     # ---- addresses
@@ -179,17 +210,22 @@ class Backend:
                 f"n_logical - 1 = {self._n_logical - 1}"
             )
 
-    def _assign(self, counted: Counted, counts: torch.Tensor, rank: int, quota: torch.Tensor) -> torch.Tensor:
+    def _sources(self) -> tuple[int, int, int, int]:
+        table = self._table
+        return table.data_ptr(), table.shape[1], self._ranks.size, self._rules.ranks_per_node
+
+    def _assign(self, counted: Counted, sources: tuple[int, int, int, int], plan: Plan) -> torch.Tensor:
         source, physical, blocks, length = counted
+        weights, starts = self._weights.data_ptr(), self._starts.data_ptr()
+        split, rank = SPLITS[self._rules.split], self._ranks.rank if sources[3] else 0
+        self._planner.shares(sources, rank, split, plan.quota.data_ptr(), plan.status.data_ptr(), weights, starts)
         self._planner.assign(
             source.data_ptr(),
             source.element_size(),
             (source.numel(), blocks, length),
             self._prefix.data_ptr(),
-            counts.data_ptr(),
-            counts.stride(0),
-            rank,
-            quota.data_ptr(),
+            weights,
+            starts,
             physical.data_ptr(),
             blocks,
         )

@@ -7,6 +7,7 @@ device is written to pinned host memory, and raised by whatever call finds it th
 import os
 import threading
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -14,8 +15,8 @@ import torch
 from lplb import _C, devices, exchange
 from lplb.backend import Counted
 from lplb.exchange import EarlierFault, Exchange
-from lplb.placement import Placement
-from lplb.plan import SOLVERS, Plan, empty_plan
+from lplb.overlap import OnStream, Overlap
+from lplb.plan import SOLVERS, SPLITS, Plan, Rules, empty_plan
 
 _FAULTS_PER_PAGE = 128
 
@@ -54,8 +55,9 @@ class Faults:
             self._words[1] = 0
             raise EarlierFault(
                 f"rank {differing - 1} refused its input, has another placement or other settings than this rank, or "
-                f"called another method, in an earlier call, whose results are all -1. Rank {differing - 1} says what "
-                "it was where it raised; allowed is the same placement, settings and method on every rank"
+                "called another method, or another planner of the group, in an earlier call, whose results are all -1. "
+                f"Rank {differing - 1} says what it was where it raised; allowed is the same placement, settings and "
+                "method on every rank, and where several threads call planners of one group, one order of calls"
             )
         if too_many:
             self._words[2] = 0
@@ -74,10 +76,10 @@ class Backend:
     """An `lplb.backend.Backend` for a CUDA device.
 
     Args:
-        placement: where the experts are.
-        group_size: ranks that balance among themselves.
+        rules: where the experts are, which ranks balance among themselves, and how sources share out quotas.
         speed: how fast each rank is.
         solver: of the plans that `solve_gathered` makes.
+        min_tokens: below it a group is not solved.
         ranks: how ranks learn each other's counts.
         fingerprint: of placement and settings, the same on every rank.
         device: a CUDA device that `devices.check_backend` does not refuse.
@@ -86,10 +88,10 @@ class Backend:
 
     def __init__(
         self,
-        placement: Placement,
-        group_size: int,
+        rules: Rules,
         speed: list[float],
         solver: str,
+        min_tokens: int,
         ranks: Exchange,
         fingerprint: tuple[int, int],
         device: torch.device,
@@ -97,22 +99,23 @@ class Backend:
     ) -> None:
         """See the class."""
         self._device = device
+        self._n_logical = n_logical = max(rules.phy2log) + 1
         self._strict = _strict()
         properties = torch.cuda.get_device_properties(device)
         self._sms = properties.multi_processor_count
         self._planner = _C.CudaPlanner(
-            placement.phy2log.tolist(),
-            placement.n_logical,
-            placement.n_ranks,
-            group_size,
+            rules.phy2log,
+            n_logical,
+            rules.n_ranks,
+            rules.group_size,
             speed,
             devices.linalg(),
             devices.shared_bytes(device),
             self._sms,
         )
         self.name = f"CUDA ({properties.name}, {self._planner.linalg})"
-        self._n_logical = placement.n_logical
-        self._n_groups = placement.n_ranks // group_size
+        self._rules = rules
+        self._min_tokens = min_tokens
         self._ranks = ranks
         self._alone = isinstance(ranks, exchange.Local)
         self._solver = solver
@@ -120,13 +123,14 @@ class Backend:
         with self.guard:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("a planner is made, and mapped anew, outside of CUDA graph capture; this is inside")
-            self._make_buffers(placement, before)
+            self._make_buffers(before)
+        self.overlap: Overlap = OnStream(device)
 
-    def _make_buffers(self, placement: Placement, before: "Backend | None") -> None:
+    def _make_buffers(self, before: "Backend | None") -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        n_logical, size = placement.n_logical, self._ranks.size
+        n_logical, size = self._n_logical, self._ranks.size
         self._tables = torch.frombuffer(bytearray(self._planner.tables), dtype=torch.uint8).to(self._device)
         self._scratch = zeros(self._planner.scratch_bytes, dtype=torch.uint8)
         self._prefix = zeros(self._sms, n_logical)
@@ -139,7 +143,9 @@ class Backend:
         self._table = zeros(size, n_logical + exchange.WORDS)
         self._own_counts = zeros(n_logical)  # of count and assign by themselves
         self.loads = zeros(n_logical, dtype=torch.int64)
-        self.plan = empty_plan((), placement.n_physical, placement.n_ranks, self._n_groups, self._solver, self._device)
+        self._nobody = zeros(n_logical)  # tokens of sources that are not known
+        counts = None if self._alone else self._table[:, :n_logical]
+        self.plan = replace(empty_plan((), self._rules, self._solver, self._device), counts=counts)
         self._plan_addresses = self.plan.addresses()
         self._planned = False
         self._faults: Faults = Faults() if before is None else before._faults
@@ -154,8 +160,8 @@ class Backend:
         return torch.cuda.device(self._device)
 
     def _buffers(self) -> list[torch.Tensor]:
-        own = [self._tables, self._scratch, self._prefix, *self._rows.values(), self._table, self._own_counts]
-        return [*own, self.loads, *self.plan.tensors()]
+        own = [self._tables, self._scratch, self._prefix, *self._rows.values(), self._table]
+        return [*own, self._own_counts, self._nobody, self.loads, *self.plan.tensors()]
 
     @property
     def workspace_bytes(self) -> int:
@@ -170,10 +176,16 @@ class Backend:
     def last_plan(self) -> Plan | None:
         """A copy of the last plan, if there is one, made in the order of the current stream."""
         self.check_earlier()
-        if not self._planned:
-            return None
+        return self.plan_in_use() if self._planned else None
+
+    def plan_in_use(self) -> Plan:
+        """A copy of the last plan, made in the order of the current stream; before the first, of one without tokens."""
         self._stream()
         return self.plan.copy()
+
+    def use(self, ranks: Exchange) -> None:
+        """Exchange counts through another transport between the same ranks from now on."""
+        self._ranks = ranks
 
     def check_earlier(self) -> None:
         """Raise what the device has reported of earlier calls.
@@ -222,6 +234,7 @@ class Backend:
             source.numel(),
             self._blocks_at_most(n_sms),
             self._rows[exchange.RUN].data_ptr(),
+            self._min_tokens,
             self.loads.data_ptr(),
             SOLVERS[self._solver],
             self._plan_addresses,
@@ -232,16 +245,16 @@ class Backend:
         self._planned = True
         return physical
 
-    def count_own(self, idx: torch.Tensor, n_sms: int | None) -> Counted:
-        """Count this rank's batch into its row of the table."""
-        return self._count(idx, n_sms, self._rows[exchange.RUN])
+    def count_own(self, idx: torch.Tensor, n_sms: int | None, method: int) -> Counted:
+        """Count this rank's batch into the row that `gather` with the same method sends."""
+        return self._count(idx, n_sms, self._rows[method])
 
     def put_own(self, counts: torch.Tensor) -> None:
         """Take given counts for this rank's row."""
         self._stream()
         self._rows[exchange.SOLVE_PROBS][: self._n_logical] = counts
 
-    def gather(self, method: int, error: Exception | None) -> None:
+    def gather(self, method: int, error: Exception | None, *, blamed: bool = True) -> None:
         """Exchange this rank's row or its error for the table of all ranks. Collective.
 
         A rank with an error raises it after the collective. The others find it in the table, on the device: their
@@ -256,19 +269,18 @@ class Backend:
         if error is not None:
             row = row.clone()
             row[: self._n_logical] = 0
-            row[self._n_logical] = 0 if isinstance(error, EarlierFault) else exchange.error_word(error)
-        self._ranks.gather(row, self._table)
+            blamed = blamed and not isinstance(error, EarlierFault)
+            row[self._n_logical] = exchange.error_word(error) if blamed else 0
+        exchange.gather(self._ranks, method, row, self._table)
         if error is not None:
             raise error
 
     def solve_gathered(self, counter: torch.Tensor | None, log: torch.Tensor | None) -> None:
         """Plan the sum of the gathered table into `plan`, and raise the counter by the groups solved."""
         self._planner.solve_table(
-            self._table.data_ptr(),
-            self._table.stride(0),
-            self._ranks.size,
-            self._ranks.rank,
+            self._sources(),
             [] if self._alone else self._words[self._gathered],
+            self._min_tokens,
             self.loads.data_ptr(),
             SOLVERS[self._solver],
             self._plan_addresses,
@@ -279,8 +291,8 @@ class Backend:
         self._planned = True
 
     def assign_gathered(self, counted: Counted) -> torch.Tensor:
-        """Map the counted batch by the plan of the gathered loads."""
-        return self._assign(counted, self._ranks.rank, self.plan.quota)
+        """Map the counted batch by the last plan: of the gathered loads, or of an earlier batch's."""
+        return self._assign(counted, self._sources(), self._plan_addresses)
 
     # ---- each by itself
 
@@ -316,10 +328,13 @@ class Backend:
                 loads.data_ptr(), n_loads, SOLVERS[plan.solver], plan.addresses(), log_address, self._stream()
             )
 
-    def assign(self, idx: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """Map a batch by quotas of this rank alone."""
-        counted = self._count(idx, None, self._own_counts)
-        return self._assign(counted, 0, quota)
+    def assign(self, idx: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Map a batch by a plan. Where it has no counts its quotas are taken for this rank's alone."""
+        counted, counts = self._count(idx, None, self._own_counts), plan.counts
+        sources = self._nobody.data_ptr(), 0, 1, 0
+        if counts is not None:
+            sources = counts.data_ptr(), counts.stride(0), len(counts), plan.rules.ranks_per_node
+        return self._assign(counted, sources, plan.addresses())
 
     def new_log(self) -> torch.Tensor:
         """Memory for the iterations of one load's solve, whose report waits for the device."""
@@ -327,7 +342,7 @@ class Backend:
             raise RuntimeError(
                 "verbose is True, which waits for the device to print; allowed in CUDA graph capture is verbose=False"
             )
-        shape = self._n_groups, _C.max_iterations + 1, len(_C.log_fields)
+        shape = len(self.plan.max_load), _C.max_iterations + 1, len(_C.log_fields)
         return torch.zeros(shape, dtype=torch.float64, device=self._device)
 
     # ---- addresses
@@ -352,7 +367,10 @@ class Backend:
         )
         return Counted(source, physical, blocks, length)
 
-    def _assign(self, counted: Counted, rank: int, quota: torch.Tensor) -> torch.Tensor:
+    def _sources(self) -> tuple[int, int, int, int]:
+        return self._table.data_ptr(), self._table.stride(0), self._ranks.size, self._rules.ranks_per_node
+
+    def _assign(self, counted: Counted, sources: tuple[int, int, int, int], plan: list[int]) -> torch.Tensor:
         source, physical, blocks, length = counted
         self._planner.assign(
             source.data_ptr(),
@@ -361,8 +379,10 @@ class Backend:
             blocks,
             length,
             self._prefix.data_ptr(),
-            rank,
-            quota.data_ptr(),
+            sources,
+            self._ranks.rank if sources[3] else 0,
+            SPLITS[self._rules.split],
+            plan,
             physical.data_ptr(),
             self._stream(),
         )

@@ -176,6 +176,9 @@ def _missing() -> Iterator[str]:
     if not _C.mathdx_version:
         yield f"cuSolverDx is not in this build (LPLB_LINALG=cusolverdx would select it): {devices.GET_MATHDX}"
     if not _package("deep_ep"):
-        yield "DeepEP is not installed (nothing needs it yet): https://github.com/deepseek-ai/DeepEP"
+        yield (
+            "DeepEP is not installed (nothing needs it; Planner.init_from_deep_ep takes its buffers): "
+            "https://github.com/deepseek-ai/DeepEP"
+        )
     if not (_package("rich") and _package("matplotlib")):
         yield 'lplb demo needs rich and matplotlib: pip install "lplb[demo]"'

@@ -2,11 +2,18 @@
 
 An exchange gathers rows: each rank gives an int32 row and gets the table of all ranks' rows. The last columns carry an
 error word and a fingerprint, so that a refusal on one rank is raised on all of them.
+
+All that lplb sends over one process group travels in rows of one width, one gather at a time, with the words at their
+end. So whatever meets in a gather, of two planners or of two methods, is found by its words on every rank.
 """
 
+import contextlib
 import hashlib
+import threading
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from datetime import timedelta
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,10 +23,25 @@ __all__ = ["Distributed", "Exchange", "Known", "Local", "exchange_for"]
 WORDS = 4
 """Columns behind the counts of a row: error word, which method was called, and a fingerprint in two."""
 
-RUN, SOLVE_PROBS = METHODS = 0, 1
+RUN, SOLVE_PROBS, RUN_LAGGED = METHODS = 0, 1, 2
 """Collective methods of a planner by number, so that ranks that call different ones find out."""
-LAYER = 2
-"""The number of `lplb.nn`'s exchange of split sizes."""
+
+LAYER = 3
+"""The exchange of split sizes in `lplb.nn`."""
+
+AGREE, MESSAGE = -1, -2
+"""What is sent besides: settings, and what a rank that refused its input has to say."""
+
+_NAMES = {
+    RUN: "run",
+    RUN_LAGGED: "run with lag=1",
+    SOLVE_PROBS: "solve_probs",
+    AGREE: "making or changing a planner (constructor, update_redundancy_mapping or init_from_deep_ep)",
+    MESSAGE: "telling the other ranks what one refused",
+}
+
+_LEAST_COLUMNS = 64
+"""Rows of a process group are this wide at least, so that a message needs few of them."""
 
 KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 """What a rank can refuse with, by number; error word 0 is none, 1 the first."""
@@ -58,10 +80,30 @@ class Local:
         table[0] = row
 
 
+class _Line:
+    """What all exchanges of one process group have in common in this process."""
+
+    _of: ClassVar["weakref.WeakKeyDictionary[dist.ProcessGroup, _Line]"] = weakref.WeakKeyDictionary()
+    _making = threading.Lock()
+
+    def __init__(self) -> None:
+        self.turn = threading.RLock()  # gloo mixes up gathers that two threads start at once
+        self.planners = 0
+        self.columns = _LEAST_COLUMNS
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> "_Line":
+        """The line of a process group."""
+        with cls._making:
+            return cls._of.setdefault(group, cls())
+
+
 class Distributed:
     """The ranks of a torch.distributed process group; an all-gather with whatever backend the group has.
 
-    Tensors of the CPU travel over the GPU where the group's backend carries those only, as NCCL does.
+    Tensors of the CPU travel over the GPU where the group's backend carries those only, as NCCL does. Rows that are
+    narrower than those of other planners of the group are padded in front: gloo ends a process that receives rows of
+    another width, and NCCL overwrites memory.
 
     Args:
         group: an initialised process group that this process belongs to.
@@ -75,6 +117,7 @@ class Distributed:
         if self.rank < 0:
             raise ValueError("this process is not in the given group, allowed is a group that it belongs to")
 
+        self.line = _Line.of(group)
         carried = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
         self._carries_cpu = "cpu:" in carried
         # renamed in torch 2.13
@@ -82,12 +125,57 @@ class Distributed:
 
     def gather(self, row: torch.Tensor, table: torch.Tensor) -> None:
         """All-gather of the rows. Raises what torch.distributed raises when a rank is lost or times out."""
+        padding = self.line.columns - len(row)
+        if padding <= 0:
+            self._gather(row, table)
+            return
+        wide = row.new_zeros(self.line.columns)
+        wide[padding:] = row
+        wide_table = row.new_empty(self.size, self.line.columns)
+        self._gather(wide, wide_table)
+        table.copy_(wide_table[:, padding:])
+
+    def _gather(self, row: torch.Tensor, table: torch.Tensor) -> None:
         if row.device.type == "cpu" and not self._carries_cpu:
             carried = torch.empty_like(table, device="cuda")
             self._all_gather(carried, row.view(1, -1).cuda(), group=self.group)
             table.copy_(carried)
             return
         self._all_gather(table, row.view(1, -1), group=self.group)  # gloo wants the dimensions of the table
+
+
+def apart(ranks: "Exchange") -> "Exchange":
+    """Return an exchange between the same ranks that keeps no order with other traffic of their group. Collective.
+
+    A process group carries one collective after the other, in the same order on all ranks; what goes on in the
+    background needs a group of its own.
+    """
+    if not isinstance(ranks, Distributed):
+        return ranks
+    members = [dist.get_global_rank(ranks.group, rank) for rank in range(ranks.size)]
+    order: dict[str, Any] = (
+        {} if members == sorted(members) else {"sort_ranks": False}
+    )  # torch sorts them, and older ones always
+    group = dist.new_group(
+        members,
+        _timeout(ranks.group),
+        backend=dist.get_backend_config(ranks.group),
+        use_local_synchronization=True,  # only the members meet: other ranks of the world may be anywhere
+        **order,
+    )
+    other = Distributed(group)
+    other.line.columns = ranks.line.columns
+    return other
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a group waits for a rank; ``None`` where torch does not tell."""
+    for device in ("cpu", "cuda"):
+        with contextlib.suppress(Exception):
+            found = group._get_backend(torch.device(device)).options._timeout
+            if isinstance(found, timedelta):
+                return found
+    return None
 
 
 class Known:
@@ -148,6 +236,59 @@ def exchange_for(group: "dist.ProcessGroup | Exchange | None") -> Exchange:
     )
 
 
+def turn(exchange: Exchange) -> contextlib.AbstractContextManager[object]:
+    """Keep other threads of this process from the process group, for one gather or for several that belong together."""
+    return exchange.line.turn if isinstance(exchange, Distributed) else contextlib.nullcontext()
+
+
+def gather(exchange: Exchange, method: int, row: torch.Tensor, table: torch.Tensor) -> None:
+    """`Exchange.gather`, one thread at a time; what fails says in which collective. Collective.
+
+    Args:
+        exchange: the ranks.
+        method: what the rows are for.
+        row: as for `Exchange.gather`.
+        table: as for `Exchange.gather`.
+
+    Raises:
+        RuntimeError: a rank is lost, or did not come within the group's timeout; the cause is torch.distributed's.
+        Other exceptions: as the exchange raises them.
+    """
+    try:
+        with turn(exchange):
+            exchange.gather(row, table)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"lplb's all-gather in {_NAMES.get(method, method)} failed on rank {exchange.rank} of {exchange.size}, "
+            "most likely because another rank died or did not make this call within the group's timeout. Look for "
+            "what the other ranks raised first, and check that every rank makes every call, without tokens too "
+            "(Planner.run_idle). The planner is as before the call; a group that lost a rank is of no more use. "
+            f"torch.distributed says: {error}"
+        ) from error
+
+
+def number_planner(exchange: Exchange) -> int:
+    """Return how many planners its process group had before: the same on all ranks, which make them in one order.
+
+    Two planners of a group may be used from two threads, whose calls can meet in one gather; being part of the
+    fingerprint, the number tells them apart. 0 for exchanges without a process group.
+    """
+    if not isinstance(exchange, Distributed):
+        return 0
+    with exchange.line.turn:
+        exchange.line.planners += 1
+        return exchange.line.planners - 1
+
+
+def widen(exchange: Exchange, n_logical: int) -> None:
+    """Make the rows of the process group wide enough for a planner, once all ranks have agreed on it.
+
+    Within the same `turn`, so that all ranks widen between the same two gathers.
+    """
+    if isinstance(exchange, Distributed):
+        exchange.line.columns = max(exchange.line.columns, n_logical + WORDS)
+
+
 def fingerprint(*parts: object) -> tuple[int, int]:
     """Two 31-bit words that differ, but for chance, when any of ``parts`` does (by its ``repr``)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
@@ -165,6 +306,8 @@ def raise_together(
     exchange: Exchange, words: Sequence[Sequence[int]], error: Exception | None, settings: str | None = None
 ) -> None:
     """Raise on every rank if any rank has an error or another fingerprint. Collective in that case only.
+
+    To be called within the `turn` of the gather that the words are from.
 
     Args:
         exchange: the ranks.
@@ -189,8 +332,10 @@ def raise_together(
         raise ValueError(f"rank {odd} has {seen}, allowed is the same on every rank, and rank 0 has {first}")
     if odd is not None:
         raise ValueError(
-            f"rank {odd} has another placement or other settings than rank 0, or called another method; allowed is the "
-            "same on every rank (r2o or placement and its order, expert counts, rank_speed, solver)"
+            f"rank {odd} has another placement or other settings than rank 0, or called another method, or another "
+            "planner of the group; allowed is the same on every rank (r2o or placement and its order, expert counts, "
+            "rank_speed, solver, nodes of a DeepEP buffer), and, where several threads call planners of one group, one "
+            "order of calls on every rank: give each thread a process group of its own"
         )
 
 
@@ -200,7 +345,12 @@ def _message_of(exchange: Exchange, rank: int, text: str) -> str:
         return text
     row = torch.frombuffer(bytearray(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.int32)
     table = torch.zeros(exchange.size, len(row), dtype=torch.int32, device="cpu")
-    exchange.gather(row, table)
+    width = exchange.line.columns if isinstance(exchange, Distributed) else len(row)
+    for first in range(0, len(row), width):
+        part = row[first : first + width]
+        got = torch.empty(exchange.size, len(part), dtype=torch.int32, device="cpu")
+        gather(exchange, MESSAGE, part, got)
+        table[:, first : first + width] = got
     return bytes(table[rank].numpy().tobytes()).rstrip(b"\0").decode(errors="replace")
 
 
@@ -224,7 +374,8 @@ def together(
     except Exception as problem:
         error = problem
     table = torch.zeros(exchange.size, WORDS, dtype=torch.int32, device="cpu")
-    row = torch.tensor([error_word(error), 0, *words], dtype=torch.int32, device="cpu")
-    exchange.gather(row, table)
-    raise_together(exchange, table.tolist(), error, settings)
+    row = torch.tensor([error_word(error), AGREE, *words], dtype=torch.int32, device="cpu")
+    with turn(exchange):
+        gather(exchange, AGREE, row, table)
+        raise_together(exchange, table.tolist(), error, settings)
     return result

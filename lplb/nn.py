@@ -266,7 +266,7 @@ class ExpertParallelMoE(nn.Module):
         if self.balancer is not None:
             try:
                 slot = self.balancer.run(expert, None)
-            except Exception as problem:
+            except (TypeError, ValueError) as problem:  # not that a rank is lost: then nothing can be agreed on
                 slot, error = torch.full_like(expert, -1), error or problem
         slot = slot.flatten()
         # A slot of -1, which the balancer gives on CUDA for a batch that another rank refused, is counted apart.

@@ -15,7 +15,9 @@ __all__ = ["handle_of", "run"]
 
 
 class _Runs(Protocol):
-    def _run(self, idx: torch.Tensor, avail_counter: torch.Tensor | None, n_sms: int | None) -> torch.Tensor: ...
+    def _run(
+        self, idx: torch.Tensor, avail_counter: torch.Tensor | None, n_sms: int | None, lag: int, return_plan: bool
+    ) -> tuple[torch.Tensor, object]: ...
 
 
 _PYTHON = torch._C.DispatchKey.Python
@@ -26,8 +28,8 @@ _tags = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "flexible_la
 # The planner's number is a SymInt so that one graph serves the planners of many layers. Without a counter nothing is
 # mutated, and Inductor (of torch 2.13) fails where an operator could mutate and does not: hence the overload.
 for _schema in (
-    "run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int? n_sms) -> Tensor",
-    "run.uncounted(Tensor idx, SymInt planner, int? n_sms) -> Tensor",
+    "run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int? n_sms, int lag=0) -> Tensor",
+    "run.uncounted(Tensor idx, SymInt planner, int? n_sms, int lag=0) -> Tensor",
 ):
     _library.define(_schema, tags=tuple(_tags))  # type: ignore[no-untyped-call, unused-ignore]
 
@@ -44,7 +46,9 @@ def handle_of(planner: _Runs, fingerprint: tuple[int, int]) -> int:
     return handle
 
 
-def run(idx: torch.Tensor, avail_counter: torch.Tensor | None, planner: int, n_sms: int | None = None) -> torch.Tensor:
+def run(
+    idx: torch.Tensor, avail_counter: torch.Tensor | None, planner: int, n_sms: int | None = None, lag: int = 0
+) -> torch.Tensor:
     """`Planner.run` of the planner with a number, through the dispatcher.
 
     Args:
@@ -52,6 +56,7 @@ def run(idx: torch.Tensor, avail_counter: torch.Tensor | None, planner: int, n_s
         avail_counter: as for `Planner.run`; mutated.
         planner: what `handle_of` returned.
         n_sms: as for `Planner.run`.
+        lag: as for `Planner.run`.
 
     Returns:
         Physical expert indices, shape, dtype and device of ``idx``, contiguous.
@@ -62,9 +67,9 @@ def run(idx: torch.Tensor, avail_counter: torch.Tensor | None, planner: int, n_s
     """
     physical: torch.Tensor
     if avail_counter is None:
-        physical = torch.ops.lplb.run.uncounted(idx, planner, n_sms)
+        physical = torch.ops.lplb.run.uncounted(idx, planner, n_sms, lag)
     else:
-        physical = torch.ops.lplb.run.default(idx, avail_counter, planner, n_sms)
+        physical = torch.ops.lplb.run.default(idx, avail_counter, planner, n_sms, lag)
     return physical
 
 
@@ -75,25 +80,29 @@ def is_traced(idx: object) -> bool:
     return type(idx) is not torch.Tensor and isinstance(idx, torch.Tensor) and torch._C._dispatch_keys(idx).has(_PYTHON)
 
 
-def _run(idx: torch.Tensor, avail_counter: torch.Tensor | None, planner: int, n_sms: int | None) -> torch.Tensor:
+def _run(
+    idx: torch.Tensor, avail_counter: torch.Tensor | None, planner: int, n_sms: int | None, lag: int = 0
+) -> torch.Tensor:
     found = _planners.get(planner)
     if found is None:
         raise RuntimeError(
             f"lplb::run has planner {planner}, allowed is one that is alive in this process: keep the Planner as long "
             "as the compiled model, and make it before an exported model runs"
         )
-    return found._run(idx, avail_counter, n_sms)
+    return found._run(idx, avail_counter, n_sms, lag, False)[0]
 
 
-def _run_uncounted(idx: torch.Tensor, planner: int, n_sms: int | None) -> torch.Tensor:
-    return _run(idx, None, planner, n_sms)
+def _run_uncounted(idx: torch.Tensor, planner: int, n_sms: int | None, lag: int = 0) -> torch.Tensor:
+    return _run(idx, None, planner, n_sms, lag)
 
 
-def _fake(idx: torch.Tensor, avail_counter: torch.Tensor | None, planner: int, n_sms: int | None) -> torch.Tensor:
+def _fake(
+    idx: torch.Tensor, avail_counter: torch.Tensor | None, planner: int, n_sms: int | None, lag: int = 0
+) -> torch.Tensor:
     return idx.new_empty(idx.shape)
 
 
-def _fake_uncounted(idx: torch.Tensor, planner: int, n_sms: int | None) -> torch.Tensor:
+def _fake_uncounted(idx: torch.Tensor, planner: int, n_sms: int | None, lag: int = 0) -> torch.Tensor:
     return idx.new_empty(idx.shape)
 
 

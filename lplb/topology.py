@@ -2,12 +2,12 @@
 
 A topology is an int32 tensor ``r2o [ranks, classes]``: entry ``[r, k]`` is the rank whose ``k``-th expert
 class rank ``r`` copies. Cube, hypercube and torus are the graphs that DeepSeek's LPLB ships; the ring is the
-smallest one.
+smallest one; circulants have as many classes as one likes, and can keep copies out of the original's node.
 """
 
 import torch
 
-__all__ = ["check", "cube", "hypercube", "ring", "torus"]
+__all__ = ["check", "circulant", "cube", "hypercube", "ring", "torus"]
 
 
 def cube() -> torch.Tensor:
@@ -79,6 +79,34 @@ def ring(n: int) -> torch.Tensor:
     """
     _at_least_two("ring", "n", n)
     return _from_columns([(r + 1) % n for r in range(n)])
+
+
+def circulant(n: int, *shifts: int) -> torch.Tensor:
+    """Rings over one another: rank ``r`` copies class ``k`` from rank ``r + shifts[k] mod n``.
+
+    With nodes of ``g`` consecutive ranks and shifts from ``g`` to ``n - g`` every copy is in another node than its
+    original, so that tokens of two nodes find their experts at home. ``circulant(32, 11, 18)`` does so for nodes of 8.
+
+    Args:
+        n: number of ranks, at least 2.
+        shifts: one per expert class, 1 to ``n - 1``.
+
+    Returns:
+        int32 ``[n, len(shifts)]``.
+
+    Raises:
+        TypeError: ``n`` or a shift is not an int.
+        ValueError: ``n`` is below 2, there is no shift, or one is out of bounds.
+    """
+    _at_least_two("circulant", "n", n)
+    if not shifts:
+        raise ValueError("circulant: shifts is (), allowed is one shift or more")
+    for k, shift in enumerate(shifts):
+        if isinstance(shift, bool) or not isinstance(shift, int):
+            raise TypeError(f"circulant: shift {k} is {shift!r}, allowed is an int")
+        if not 1 <= shift < n:
+            raise ValueError(f"circulant: shift {k} is {shift}, allowed is 1 to n - 1 = {n - 1}")
+    return _from_columns(*([(r + shift) % n for r in range(n)] for shift in shifts))
 
 
 def check(r2o: torch.Tensor) -> None:

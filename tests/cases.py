@@ -130,6 +130,13 @@ def eplb_like_placement(rng: np.random.Generator, loads: ArrayLike, n_ranks: int
 # Column k: rank r holds a copy of an expert of rank r2o[r, k].
 
 
+def ranks_per_node(n_ranks: int) -> int:
+    """What a planner takes for a node unless it is told."""
+    import torch  # here: test_sanitizer_gpu.py does without
+
+    return torch.cuda.device_count() or min(8, n_ranks)
+
+
 def cube() -> INT_ARRAY:
     """r2o [8, 2]: the edges of a cube and its four diagonals: two rings of four, and what joins them."""
     return np.array([[3, 0, 1, 2, 7, 4, 5, 6], [6, 7, 4, 5, 0, 1, 2, 3]], dtype=np.int64).T

@@ -52,45 +52,45 @@ class CudaPlanner:
         self._nothing_mapped = False
 
     def solve(self, loads, batch, solver, out, log, stream):
-        self._cpu.solve(loads, batch, solver, out, log, 1)
+        self._cpu.solve(loads, batch, (0, 0, 1, 0), 0, solver, out, log, 1)
 
     def solve_table(self, *arguments):
-        table, stride, ranks, source, words, loads, solver, out, counter, counter_bytes, log, _ = arguments
-        rows = array(table, np.int32, ranks, stride)
-        self._before = rows[:source, : self._n_logical].sum(axis=0, dtype=np.int32)
+        table, words, fewest, loads, solver, out, counter, counter_bytes, log, _ = arguments
         if words:
+            rows = array(table[0], np.int32, table[2], table[1])
             differing = (rows[:, self._n_logical :] != [0, *words]).any(axis=1)
             if differing.any():
                 self._faults[1] = 1 + int(differing.argmax())
                 self._nothing_mapped = True
                 return
-        if _C.total(table, stride, ranks, self._n_logical, loads) >= 2**31:
+        if _C.total(table, self._n_logical, loads) >= 2**31:
             self._faults[2] = 1
             self._nothing_mapped = True
             return
-        solved = self._cpu.solve(loads, 1, solver, out, log, 1)
+        solved = self._cpu.solve(loads, 1, table, fewest, solver, out, log, 1)
         if counter:
             _C.add(counter, counter_bytes, solved)
 
     def assign(self, *arguments):
-        indices, index_bytes, n, blocks, length, prefix, source, quota, physical, _ = arguments
+        indices, index_bytes, n, blocks, length, prefix, table, source, split, plan, physical, _ = arguments
         allowed, _ = self._allowed(indices, index_bytes, n)
         if self._nothing_mapped:
             array(physical, allowed.dtype, n)[:] = -1
             return
-        before = self._before.ctypes.data if source else 0
-        chunks = n, blocks, length
-        self._cpu.assign(
-            allowed.ctypes.data, index_bytes, chunks, prefix, before, 0, int(source > 0), quota, physical, 1
-        )
+        weights, starts = (np.zeros(n, np.int32) for n in (self._n_physical, self._n_logical))
+        shares = weights.ctypes.data, starts.ctypes.data
+        self._cpu.shares(table, source, split, plan[0], plan[6], *shares)
+        self._cpu.assign(allowed.ctypes.data, index_bytes, (n, blocks, length), prefix, *shares, physical, 1)
 
     def run(self, *arguments):
-        indices, index_bytes, n, n_sms, row, loads, solver, out, counter, counter_bytes, physical, stream = arguments
+        indices, index_bytes, n, n_sms, row, fewest, loads, solver, out, counter, counter_bytes, *rest = arguments
+        physical, stream = rest
         blocks, length = self.blocks(n, n_sms)
         prefix = np.zeros((blocks, self._n_logical), dtype=np.int32)
         self.count(indices, index_bytes, n, blocks, length, prefix.ctypes.data, row, stream)
-        self.solve_table(row, self._n_logical, 1, 0, [], loads, solver, out, counter, counter_bytes, 0, stream)
-        self.assign(indices, index_bytes, n, blocks, length, prefix.ctypes.data, 0, out[0], physical, stream)
+        table = row, 0, 1, 0
+        self.solve_table(table, [], fewest, loads, solver, out, counter, counter_bytes, 0, stream)
+        self.assign(indices, index_bytes, n, blocks, length, prefix.ctypes.data, table, 0, 0, out, physical, stream)
 
     def _allowed(self, indices, index_bytes, n):
         given = array(indices, np.int64 if index_bytes == 8 else np.int32, n)
@@ -141,6 +141,7 @@ def pretend(set_attribute=setattr):
     set_attribute(torch.cuda, "device", lambda device: contextlib.nullcontext())
     set_attribute(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     set_attribute(torch.cuda, "current_stream", lambda device=None: state.stream)
+    set_attribute(torch.cuda, "Stream", lambda device: Stream(99))
     set_attribute(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     set_attribute(torch.Tensor, "record_stream", lambda tensor, stream: None)
     return state

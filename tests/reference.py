@@ -449,11 +449,48 @@ def nested_proportion(k: int, n: int, quotas: Sequence[int]) -> int:
     raise AssertionError("quotas that add up to n always place the token")
 
 
-def assign_reference(indices_per_rank: Sequence[Any], phy2log: ArrayLike, quota: ArrayLike) -> list[INT_ARRAY]:
-    """Physical indices of every source rank's logical ones, by the plain split, shapes kept; -1 stays -1.
+def split_reference(counts: ArrayLike, phy2log: ArrayLike, quota: ArrayLike, ranks_per_node: int) -> INT_ARRAY:
+    """Tokens of every source on every slot, [ranks, n_physical]: own rank first, then own node, then the rest.
 
-    Tokens of an expert are numbered over the source ranks in order, then by row-major position.
+    Token by token: what is left of a node's tokens, in the order of their ranks, meets what is left of its slots'
+    quotas, in the order of the slots; then the same over all ranks.
     """
+    table, experts, left = (np.asarray(x).astype(np.int64) for x in (counts, phy2log, quota))
+    n_ranks = len(table)
+    rank_of = np.arange(experts.size) // (experts.size // n_ranks)
+    out: INT_ARRAY = np.zeros((n_ranks, experts.size), dtype=np.int64)
+    for expert in range(table.shape[1]):
+        slots = np.flatnonzero(experts == expert)
+        for slot in slots:
+            out[rank_of[slot], slot] = min(table[rank_of[slot], expert], left[slot])
+        table[:, expert] -= out[:, slots].sum(axis=1)
+        left[slots] -= out[:, slots].sum(axis=0)
+        nodes = [range(first, min(first + ranks_per_node, n_ranks)) for first in range(0, n_ranks, ranks_per_node)]
+        for ranks in [*nodes, range(n_ranks)]:
+            tokens = [rank for rank in ranks for _ in range(table[rank, expert])]
+            room = [slot for slot in slots if rank_of[slot] in ranks for _ in range(left[slot])]
+            for rank, slot in zip(tokens, room, strict=False):
+                out[rank, slot] += 1
+                table[rank, expert] -= 1
+                left[slot] -= 1
+    if table.any() or left.any():
+        raise ValueError("quotas and counts do not add up to the same totals")
+    return out
+
+
+def assign_reference(
+    indices_per_rank: Sequence[Any], phy2log: ArrayLike, quota: ArrayLike, ranks_per_node: int | None = None
+) -> list[INT_ARRAY]:
+    """Physical indices of every source rank's logical ones, shapes kept; -1 stays -1.
+
+    By the plain split tokens of an expert are numbered over the source ranks in order, then by row-major position. With
+    `ranks_per_node` sources use copies of their own rank and node first, and number their own tokens.
+    """
+    if ranks_per_node is not None:
+        n_logical = int(np.asarray(phy2log).max()) + 1
+        counts = [np.bincount(np.asarray(i).ravel() + 1, minlength=n_logical + 1)[1:] for i in indices_per_rank]
+        rows = split_reference(np.stack(counts), phy2log, quota, ranks_per_node)
+        return [assign_reference([i], phy2log, row)[0] for i, row in zip(indices_per_rank, rows, strict=True)]
     slots_of: dict[int, list[int]] = {}
     for slot, expert in enumerate(np.asarray(phy2log).ravel().tolist()):
         slots_of.setdefault(expert, []).append(slot)

@@ -39,7 +39,9 @@ void check_same(const std::vector<T>& got, const std::vector<T>& wanted, const s
 
 // One batch: a placement, the tokens of one rank, and what the other ranks have counted.
 struct Batch {
-  int n_logical, n_ranks, group_size, source, n_blocks;
+  int n_logical, n_ranks, group_size, source, n_blocks, ranks_per_node;
+  Split split;
+  int64_t fewest;
   std::vector<int32_t> phy2log;
   std::vector<double> speed;
   std::vector<int64_t> indices;  // with some outside [-1, n_logical)
@@ -74,6 +76,9 @@ Batch random_batch(Random& random, int group_size) {
     for (double& v : b.speed) v = std::uniform_real_distribution<double>(0.5, 2.0)(random);
 
   b.source = draw(random, 0, b.n_ranks - 1);
+  b.split = draw(random, 0, 2) == 0 ? Split::plain : Split::local_first;
+  b.ranks_per_node = draw(random, 1, b.n_ranks);
+  b.fewest = draw(random, 0, 3) == 0 ? draw(random, 1, 4000) : 0;
   b.n_blocks = draw(random, 1, 7);
   const int n = draw(random, 0, 4) == 0 ? draw(random, 0, 40) : draw(random, 0, 6000);
   b.outside = 0;
@@ -140,12 +145,15 @@ Results<Index> on_the_cpu(const Batch& b, Solver solver) {
   std::copy(r.prefix.end() - b.n_logical, r.prefix.end(), r.row.begin());
   std::vector<int32_t> table = b.others;
   std::copy(r.row.begin(), r.row.end(), table.begin() + b.source * b.n_logical);
-  const cpu::RankCounts counts{table.data(), b.n_logical};
-  cpu::total(counts, b.n_ranks, b.n_logical, r.loads.data());
+  const Sources from{table.data(), b.n_logical, b.n_ranks, b.ranks_per_node};
+  cpu::total(from, b.n_logical, r.loads.data());
   const PlanArrays out{r.quota.data(), r.rank_load.data(),  r.max_load.data(), r.lower_bound.data(),
                        r.gap.data(),   r.iterations.data(), r.status.data()};
-  r.counter += planner.solve(r.loads.data(), 1, solver, out, nullptr, 1);
-  planner.assign(indices.data(), chunks, r.prefix.data(), counts, b.source, r.quota.data(), r.physical.data(), 1);
+  r.counter += planner.solve(r.loads.data(), 1, from, b.fewest, solver, out, nullptr, 1);
+  std::vector<int32_t> weights(b.phy2log.size()), starts(b.n_logical);
+  const cpu::Shares shares{weights.data(), starts.data()};
+  planner.shares(from, b.source, b.split, r.quota.data(), r.status.data(), shares);
+  planner.assign(indices.data(), chunks, r.prefix.data(), shares, r.physical.data(), 1);
   return r;
 }
 
@@ -168,17 +176,18 @@ Blocks<Index> on_blocks(const Batch& b, Solver solver, int size, Wrong wrong) {
   out.halt = wrong == Wrong::nothing;
   const GroupTables groups(b.phy2log, b.n_logical, b.n_ranks, b.group_size, b.speed,
                            BuiltinAlgebra<kMaxGroup>::width(b.group_size));
-  const cuda::Tables tables = cuda::make_tables(groups, b.phy2log, b.n_logical);
+  const cuda::Tables tables = cuda::make_tables(groups, b.phy2log, b.n_logical, b.n_ranks);
   std::vector<std::byte> memory(cuda::solve_block_bytes(tables.groups) + 16);
   std::byte* aligned = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16;
   const int n_warps = size / kWarpSize, stride = b.n_logical + kWordsBehind;
-  std::vector<int32_t> counters(std::max(n_warps * b.n_logical, size)), before_rank(b.n_logical);
+  std::vector<int32_t> counters(std::max(n_warps * b.n_logical, size));
   std::vector<int32_t> warp_prefix(b.n_blocks * n_warps * b.n_logical), table(b.n_ranks * stride);
   std::vector<int64_t> outside(size);
   std::vector<Index> indices = indices_of<Index>(b);
   const Cut cut{static_cast<int64_t>(indices.size()), length_of<Index>(b)};
   const Slots slots = tables.slots.at(tables.image.data(), b.n_logical);
   std::vector<Proportion> shares(slots.n_copies);
+  std::vector<int32_t> weight(slots.n_copies), start(slots.n_copies);
 
   for (int rank = 0; rank < b.n_ranks; ++rank) {
     int32_t* row = &table[rank * stride];
@@ -198,9 +207,10 @@ Blocks<Index> on_blocks(const Batch& b, Solver solver, int size, Wrong wrong) {
   a.n_physical = static_cast<int>(b.phy2log.size());
   a.n_ranks = b.n_ranks;
   a.solver = solver;
+  a.fewest = b.fewest;
   a.loads = r.loads.data();
-  a.table = {table.data(), stride,     b.n_ranks,  b.source, cuda::kCheckWords, {11, 22, 33}, before_rank.data(),
-             &out.halt,    out.faults, &r.counter, 8};
+  const Sources from{table.data(), stride, b.n_ranks, b.ranks_per_node};
+  a.table = {from, cuda::kCheckWords, {11, 22, 33}, &out.halt, out.faults, &r.counter, 8};
   a.quota = r.quota.data();
   a.rank_load = r.rank_load.data();
   a.max_load = r.max_load.data();
@@ -228,12 +238,13 @@ Blocks<Index> on_blocks(const Batch& b, Solver solver, int size, Wrong wrong) {
         cuda::solve_block<2>(block, BuiltinAlgebra<kMaxGroup>{}, a, g, aligned);
       block.sync();
     }
-    find_shares(block, slots, r.quota.data(), shares.data());
+    const ShareRule rule{from, b.source, b.split, b.group_size, r.quota.data(), r.status.data()};
+    find_shares(block, slots, rule, weight.data(), start.data(), shares.data());
     block.sync();
     for (int c = 0; c < b.n_blocks; ++c) {
-      assign_block(block, indices.data(), r.physical.data(), cut, c, slots, shares.data(), counters.data(),
-                   &warp_prefix[c * n_warps * b.n_logical], c > 0 ? &r.prefix[(c - 1) * b.n_logical] : nullptr,
-                   b.source > 0 ? before_rank.data() : nullptr);
+      assign_block(block, indices.data(), r.physical.data(), cut, c, slots, shares.data(), start.data(),
+                   counters.data(), &warp_prefix[c * n_warps * b.n_logical],
+                   c > 0 ? &r.prefix[(c - 1) * b.n_logical] : nullptr);
       block.sync();
     }
   });

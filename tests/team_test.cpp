@@ -200,9 +200,9 @@ void solve_problem(Team& team, const Problem& p, Solver solver, Memory& memory, 
     IterationRow* log = solver == Solver::ipm ? &out.log[g * (kMaxIterations + 1)] : nullptr;
     const auto nothing = [] {};
     if (set_words(group.n_ranks) == 1)
-      solve_group<1>(team, BuiltinAlgebra<kMaxGroup>{}, group, x, p.loads.data(), solver, plan, log, nothing);
+      solve_group<1>(team, BuiltinAlgebra<kMaxGroup>{}, group, x, p.loads.data(), Fewest{}, solver, plan, log, nothing);
     else
-      solve_group<2>(team, BuiltinAlgebra<kMaxGroup>{}, group, x, p.loads.data(), solver, plan, log, nothing);
+      solve_group<2>(team, BuiltinAlgebra<kMaxGroup>{}, group, x, p.loads.data(), Fewest{}, solver, plan, log, nothing);
     if (team.rank() == team.size() - 1) {  // another member than the one that rounds
       std::copy(x.y, x.y + group.n_replicas, out.split.begin() + g * p.phy2log.size());
       std::copy(out.quota.begin(), out.quota.end(), out.seen.begin());

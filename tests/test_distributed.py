@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from cases import ranks_per_node
 from reference import ReferenceLP, assign_reference, integer_optimum
 
 from lplb import Placement, Planner, topology
@@ -129,7 +130,7 @@ def test_run_over_processes(size, shapes, tmp_path):
             assert row["physical"].dtype == row["idx"].dtype
         phy2log = np.array(copies_phy2log(size)) if rows[0]["name"] == "copies" else ring_phy2log(size)
         n_logical = phy2log.max() + 1
-        expected = assign_reference([row["idx"] for row in rows], phy2log, plan.quota)
+        expected = assign_reference([row["idx"] for row in rows], phy2log, plan.quota, ranks_per_node(size))
         for row, want in zip(rows, expected, strict=True):
             assert np.array_equal(row["physical"], want)
         used = np.concatenate([row["physical"].numpy().ravel() for row in rows])
@@ -169,7 +170,7 @@ def readme_example(rank):
 def test_readme_example_of_lplb(tmp_path):
     indices, redirected, counters, phy2log, quota = zip(*on_ranks(8, tmp_path, readme_example), strict=True)
     assert counters == (1,) * 8
-    expected = assign_reference(indices, phy2log[0], quota[0])
+    expected = assign_reference(indices, phy2log[0], quota[0], ranks_per_node(8))
     for got, want in zip(redirected, expected, strict=True):
         assert np.array_equal(got, want)
     loads = sum(counts_of(idx, 64) for idx in indices)
@@ -213,7 +214,7 @@ def test_groups_within_the_world(tmp_path):
         assert len(members[0][1]) == 2 + first
         for a, b in zip(members[0][1], members[1][1], strict=True):
             assert torch.equal(a[2], b[2])
-            expected = assign_reference([a[0], b[0]], phy2log, a[2])
+            expected = assign_reference([a[0], b[0]], phy2log, a[2], ranks_per_node(2))
             assert np.array_equal(a[1], expected[0])
             assert np.array_equal(b[1], expected[1])
     # Messages count ranks within the group.
@@ -392,7 +393,9 @@ def test_bad_input_on_one_rank(name, sick_group):
         assert kept
         assert counted == 1
         assert torch.equal(quota, results[0][4])
-    expected = assign_reference([idx for _, _, idx, *_ in results], ring_phy2log(SIZE), results[0][4])
+    expected = assign_reference(
+        [idx for _, _, idx, *_ in results], ring_phy2log(SIZE), results[0][4], ranks_per_node(SIZE)
+    )
     for (_, _, _, physical, *_), want in zip(results, expected, strict=True):
         assert np.array_equal(physical, want)
 
@@ -418,7 +421,7 @@ def test_a_message_too_long_to_send_is_cut(sick_group):
 def test_group_is_usable_afterwards(sick_group):
     batches, new, old = zip(*(result["after"] for result in sick_group), strict=True)
     quota = sick_group[0]["counter"][4]
-    expected = assign_reference(batches, ring_phy2log(SIZE), quota)
+    expected = assign_reference(batches, ring_phy2log(SIZE), quota, ranks_per_node(SIZE))
     for got, again, want in zip(new, old, expected, strict=True):
         assert np.array_equal(got, want)
         assert np.array_equal(again, want)

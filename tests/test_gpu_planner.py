@@ -136,6 +136,9 @@ def test_run_of_any_rank_of_any_placement(device, data):
     group.counts = torch.from_numpy(known).int()
     placement = Placement(drawn.phy2log, drawn.n_ranks)
     shape = {"group_size": drawn.group_size, "rank_speed": speed, "solver": solver, "group": group}
+    shape["ranks_per_node"] = data.draw(st.integers(1, drawn.n_ranks))
+    shape["split"] = data.draw(st.sampled_from(["local_first", "plain"]))
+    shape["min_tokens"] = data.draw(st.sampled_from([0, 0, 2000, 10**9]))
     planner = Planner.from_placement(placement, device=device, **shape)
     with on_cpu():
         expected = Planner.from_placement(placement, **shape)
@@ -144,6 +147,17 @@ def test_run_of_any_rank_of_any_placement(device, data):
     assert same(physical, wanted)
     assert same_plan(planner.last_plan, expected.last_plan)
     assert counter.item() == int((expected.last_plan.status == 0).sum())
+    # another batch by the same plan; then by the plan of the batch before, whose exchange overlaps
+    other = batch(seed + 1, size, drawn.n_logical, dtype)
+    plan, kept = planner.last_plan, expected.last_plan
+    assert same(plan.counts, kept.counts)
+    wanted = expected.assign(other, kept)
+    assert same(planner.assign(other.to(device), plan), wanted)
+    group.counts[rank] = torch.bincount(other[other >= 0], minlength=drawn.n_logical)
+    assert same(planner.run(other.to(device), None, lag=1), wanted)
+    assert expected.run(other, None) is not None
+    assert same_plan(planner.last_plan, expected.last_plan)
+    assert plan.traffic() == kept.traffic()
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -434,7 +448,7 @@ def test_an_error_on_one_rank_reaches_the_others_later(device, size, tmp_path):
                 assert rows[rank][2] == 0
             batches = [idx if rank == 1 else idx[:0] for rank, idx in enumerate(batches)]
         quota = rows[1][3].quota
-        for rank, want in enumerate(assign_reference(batches, phy2log, quota)):
+        for rank, want in enumerate(assign_reference(batches, phy2log, quota, cases.ranks_per_node(size))):
             if isinstance(rows[rank][1], torch.Tensor):
                 assert np.array_equal(rows[rank][1], want)
                 assert rows[rank][2] == 1

@@ -88,14 +88,15 @@ def test_a_refusal_in_one_graph():
 def over_ranks(rank):
     torch._dynamo.config.capture_scalar_outputs = True
     layer = layer_of(dist.group.WORLD)
-    sizes = ([30], [0])[rank]
+    n = (30, 0)[rank]
     compiled = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
-    pairs = steps(layer, compiled, sizes), steps(layer, layer.forward, sizes)
-    x, _ = tokens(7, 5)
-    bad = x.detach().index_fill(0, torch.tensor([4]), torch.nan)
+    pairs = steps(layer, compiled, [n]), steps(layer, layer.forward, [n])
+    x, _ = tokens(n, n)
+    bad = x.detach().clone()
+    bad[4:5] = torch.nan
     faults = {
-        "nan": call(compiled, bad if rank else x.detach()),
-        "dtype": call(compiled, x.detach().float() if rank else x.detach()),
+        "nan": call(compiled, bad.requires_grad_()),
+        "dtype": call(compiled, x if rank else x.detach().float().requires_grad_()),
     }
     return pairs, faults, torch.equal(compiled(x), layer(x))
 
@@ -104,12 +105,10 @@ def test_over_ranks(tmp_path):
     results = on_ranks(N_RANKS, tmp_path, over_ranks)
     for rank, ((compiled, eager), faults, afterwards) in enumerate(results):
         assert_equal_steps(compiled, eager)
-        others = "" if rank else "rank 1 refused its input, so no rank goes on: "
+        others = "rank 0 refused its input, so no rank goes on: " if rank else ""
         kind, message = faults["nan"]
         assert kind == "ValueError"
         assert message.startswith(f"{others}the router's shares of token 4 are nan")
-        assert faults["dtype"] == (
-            "TypeError",
-            f"{others}x has dtype torch.float32, allowed is the layer's, torch.float64",
-        )
+        said = "x has dtype torch.float32, allowed is the layer's, torch.float64"
+        assert faults["dtype"] == ("TypeError", others + said)
         assert afterwards

@@ -153,7 +153,7 @@ def test_opcheck(dtype):
 
 def test_schema():
     schema = str(torch.ops.lplb.run.default._schema)
-    assert schema == "lplb::run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int? n_sms) -> Tensor"
+    assert schema == "lplb::run(Tensor idx, Tensor(a!)? avail_counter, SymInt planner, int? n_sms, int lag=0) -> Tensor"
 
 
 def test_eager_calls_bypass_the_dispatcher(monkeypatch):

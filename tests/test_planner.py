@@ -133,7 +133,7 @@ def test_readme_example_of_lplb():
         counters.append(avail_counter.item())
     assert counters == [1] * ep_size
     phy2log = cases.lplb_placement(r2o, 8)
-    expected = assign_reference(batches, phy2log, planner.last_plan.quota)
+    expected = assign_reference(batches, phy2log, planner.last_plan.quota, cases.ranks_per_node(8))
     assert all(np.array_equal(got, want) for got, want in zip(redirected, expected, strict=True))
     best = integer_optimum(ReferenceLP(phy2log, ep_size).solve(counts.sum(0))[0], ep_size)
     used = np.concatenate([r.numpy().ravel() for r in redirected])
@@ -486,7 +486,9 @@ def check_all_ranks(make, batches, phy2log, n_logical):
     results, plans = run_all_ranks(make, batches, n_logical)
     quota = plans[0].quota
     assert all(torch.equal(plan.quota, quota) for plan in plans)
-    for got, expected in zip(results, assign_reference(batches, phy2log, quota), strict=True):
+    for got, expected in zip(
+        results, assign_reference(batches, phy2log, quota, cases.ranks_per_node(len(batches))), strict=True
+    ):
         assert np.array_equal(got, expected)
     used = np.concatenate([physical.numpy().ravel() for physical in results])
     assert np.bincount(used[used >= 0], minlength=len(phy2log)).tolist() == quota.tolist()
@@ -620,7 +622,7 @@ def fields_equal(a, b):
 
 def at(plan, i):
     """Load i of a batch's plan."""
-    return Plan(*(tensor[i] for tensor in plan.tensors()), plan.solver)
+    return Plan(*(tensor[i] for tensor in plan.tensors()), plan.solver, plan.rules)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -736,9 +738,9 @@ def test_solver_of_planner_is_the_default():
 
 
 def test_statuses_have_a_sentence_each():
-    assert [status.name.lower() for status in SolveStatus] == ["solved", "iteration_limit", "numerical"]
+    assert [status.name.lower() for status in SolveStatus] == ["solved", "iteration_limit", "numerical", "skipped"]
     sentences = [status.sentence for status in SolveStatus]
-    assert len(set(sentences)) == 3
+    assert len(set(sentences)) == 4
     assert all(s[0].isupper() and s.endswith(".") for s in sentences)
 
 

@@ -25,6 +25,9 @@ ERROR = 86  # what the sanitizer returns when it has found something
 N = 700  # tokens
 WORDS = [7, 8, 9]  # of an exchange's rows
 IPM, FLOW = 0, 1
+PLAIN, LOCAL_FIRST = 0, 1
+RANKS_PER_NODE = 2  # of 3: the last node has one
+NOBODY = 0, 0, 1, 0  # a table of no rank in particular
 
 
 def extension() -> Any:
@@ -133,7 +136,8 @@ class Problem:
     def wanted_plan(self, loads: np.ndarray, solver: int) -> list[np.ndarray]:
         batch = loads.size // self.n_logical
         plan = [np.zeros(n, kind) for kind, n in self.fields(batch)]
-        self.on_cpu.solve(loads.ctypes.data, batch, solver, [field.ctypes.data for field in plan], 0, 1)
+        out = [field.ctypes.data for field in plan]
+        self.on_cpu.solve(loads.ctypes.data, batch, NOBODY, 0, solver, out, 0, 1)
         return plan
 
     def check_plan(self, addresses: list[int], loads: np.ndarray, solver: int) -> np.ndarray:
@@ -147,17 +151,22 @@ class Problem:
             assert a.tobytes() == b.tobytes(), f"field {i}: {a} is not {b}"
         return self.device.read(addresses[0], np.int32, batch, self.n_physical)
 
-    def wanted_physical(self, idx: np.ndarray, table: np.ndarray, source: int, quota: np.ndarray) -> np.ndarray:
+    def wanted_physical(
+        self, idx: np.ndarray, table: np.ndarray, source: int, split: int, quota: np.ndarray
+    ) -> np.ndarray:
         """CpuPlanner's mapping, of what is allowed."""
         allowed = np.where((idx < 0) | (idx >= self.n_logical), -1, idx).astype(idx.dtype)
         prefix, physical = np.zeros((1, self.n_logical), np.int32), np.zeros_like(allowed)
         chunks = idx.size, 1, idx.size
         assert self.on_cpu.count(allowed.ctypes.data, idx.itemsize, chunks, prefix.ctypes.data, 1) == -1
         quota = np.ascontiguousarray(quota)
+        weights, starts, solved = (np.zeros(n, np.int32) for n in (self.n_physical, self.n_logical, self.n_groups))
+        sources = table.ctypes.data, table.shape[1], len(table), 0 if len(table) == 1 else RANKS_PER_NODE
+        shares = weights.ctypes.data, starts.ctypes.data
+        self.on_cpu.shares(sources, source, split, quota.ctypes.data, solved.ctypes.data, *shares)
         self.on_cpu.assign(
-            allowed.ctypes.data, idx.itemsize, chunks, prefix.ctypes.data, table.ctypes.data, table.shape[1], source,
-            quota.ctypes.data, physical.ctypes.data, 1,
-        )  # fmt: skip
+            allowed.ctypes.data, idx.itemsize, chunks, prefix.ctypes.data, *shares, physical.ctypes.data, 1
+        )
         return physical
 
 
@@ -181,13 +190,13 @@ def run_whole(p: Problem, rng: np.random.Generator, solver: int, dtype: Any) -> 
     counter, physical = p.device.zeros(8), p.device.empty(idx.nbytes)
     outside = int(p.faults[0])
     p.planner.run(
-        p.device.copy_of(idx), idx.itemsize, N, p.sms, row, p.device.empty(8 * p.n_logical), solver, plan, counter, 8,
-        physical, 0,
+        p.device.copy_of(idx), idx.itemsize, N, p.sms, row, 0, p.device.empty(8 * p.n_logical), solver, plan, counter,
+        8, physical, 0,
     )  # fmt: skip
     quota = p.check_plan(plan, loads, solver)
     table = loads.astype(np.int32)[None]
     got = p.device.read(physical, idx.dtype, N)
-    assert np.array_equal(got, p.wanted_physical(idx, table, 0, quota))
+    assert np.array_equal(got, p.wanted_physical(idx, table, 0, PLAIN, quota))
     assert p.faults[0] == outside + 2
     assert p.device.read(counter, np.int64, 1)[0] == p.n_groups
 
@@ -207,23 +216,24 @@ def run_stages(p: Problem, rng: np.random.Generator, solver: int, dtype: Any) ->
     plan, counter = p.new_plan(1), p.device.zeros(4)
     log = p.device.empty(8 * 6 * 21 * p.n_groups)
 
-    def solve(rows: np.ndarray) -> None:
-        p.planner.solve_table(
-            p.device.copy_of(rows), rows.shape[1], 3, 1, WORDS, p.device.empty(8 * p.n_logical), solver, plan, counter,
-            4, log, 0,
-        )  # fmt: skip
+    def solve(rows: np.ndarray) -> tuple[int, int, int, int]:
+        sources = p.device.copy_of(rows), rows.shape[1], 3, RANKS_PER_NODE
+        p.planner.solve_table(sources, WORDS, 0, p.device.empty(8 * p.n_logical), solver, plan, counter, 4, log, 0)
+        return sources
 
-    solve(table)
+    sources = solve(table)
     quota = p.check_plan(plan, loads, solver)
-    p.planner.assign(there, idx.itemsize, N, blocks, length, prefix, 1, plan[0], there, 0)
-    assert np.array_equal(p.device.read(there, idx.dtype, N), p.wanted_physical(idx, table, 1, quota))
+    for split in (PLAIN, LOCAL_FIRST):
+        there = p.device.copy_of(idx)
+        p.planner.assign(there, idx.itemsize, N, blocks, length, prefix, sources, 1, split, plan, there, 0)
+        assert np.array_equal(p.device.read(there, idx.dtype, N), p.wanted_physical(idx, table, 1, split, quota))
     assert p.device.read(counter, np.int32, 1)[0] == p.n_groups
     odd = table.copy()
     odd[2, -1] += 1
     there = p.device.copy_of(idx)
     p.planner.count(there, idx.itemsize, N, blocks, length, prefix, row, 0)
-    solve(odd)
-    p.planner.assign(there, idx.itemsize, N, blocks, length, prefix, 1, plan[0], there, 0)
+    sources = solve(odd)
+    p.planner.assign(there, idx.itemsize, N, blocks, length, prefix, sources, 1, LOCAL_FIRST, plan, there, 0)
     assert (p.device.read(there, idx.dtype, N) == -1).all()
     assert p.faults[1] == 3
     p.faults[1] = 0

@@ -24,8 +24,13 @@ TORUS_2_3 = [[3, 4, 5, 0, 1, 2], [1, 2, 0, 4, 5, 3]]
         (topology.torus(2, 3), TORUS_2_3),
         (topology.ring(2), [[1, 0]]),
         (topology.ring(5), [[1, 2, 3, 4, 0]]),
+        (topology.circulant(5, 1), [[1, 2, 3, 4, 0]]),
+        (topology.circulant(4, 2, 3), [[2, 3, 0, 1], [3, 0, 1, 2]]),
     ],
-    ids=["cube", "hypercube", "hypercube(16)", "torus(2, 3)", "ring(2)", "ring(5)"],
+    ids=[
+        *("cube", "hypercube", "hypercube(16)", "torus(2, 3)", "ring(2)", "ring(5)"),
+        *("circulant(5, 1)", "circulant(4, 2, 3)"),
+    ],
 )
 def test_columns(r2o, columns):
     assert r2o.dtype == torch.int32
@@ -62,12 +67,34 @@ def test_ring_refuses_short_rings(n):
         topology.ring(n)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, 1), "n is 1, allowed is 2 or more"),
+        ((4,), r"shifts is \(\), allowed is one shift or more"),
+        ((4, 1, 4), "shift 1 is 4, allowed is 1 to n - 1 = 3"),
+        ((4, 0), "shift 0 is 0, allowed is 1 to n - 1 = 3"),
+    ],
+)
+def test_circulant_refuses_fixed_points(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        topology.circulant(*arguments)
+
+
+def test_a_circulant_can_keep_copies_out_of_the_originals_node():
+    origin = topology.circulant(32, 11, 18)
+    assert (origin // 8 != torch.arange(32)[:, None] // 8).all()
+    assert not (topology.torus(4, 8) // 8 != torch.arange(32)[:, None] // 8).all()
+
+
 @pytest.mark.parametrize("n", [2.0, True, "4", None])
 def test_dimensions_are_ints(n):
     with pytest.raises(TypeError, match=r"n is .*, allowed is an int"):
         topology.ring(n)
     with pytest.raises(TypeError, match=r"m is .*, allowed is an int"):
         topology.torus(n, 2)
+    with pytest.raises(TypeError, match=r"shift 1 is .*, allowed is an int"):
+        topology.circulant(4, 1, n)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])

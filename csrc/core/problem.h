@@ -47,8 +47,27 @@ struct BasicGroup {
 };
 using Group = BasicGroup<int32_t, int32_t>;
 
-enum class Status : int32_t { solved = 0, iteration_limit = 1, numerical = 2 };
+enum class Status : int32_t { solved = 0, iteration_limit = 1, numerical = 2, skipped = 3 };
 enum class Solver : int32_t { ipm = 0, flow = 1 };
+
+// How a source rank's tokens share out the quotas. plain: all sources alike. local_first: a copy takes tokens of its
+// own rank first, then of its node, then the rest.
+enum class Split : int32_t { plain = 0, local_first = 1 };
+
+// Who sends how many tokens: rank r's of logical expert e at first[r·stride + e]. A node is ranks_per_node consecutive
+// ranks; 0 where the one row is tokens of no rank in particular.
+struct Sources {
+  const int32_t* first;
+  int64_t stride;
+  int n_ranks, ranks_per_node;
+};
+
+// A group with fewer tokens than `least`, of these sources, is not solved: it takes the fixed split. 0 solves all.
+struct Fewest {
+  int64_t least;
+  Sources from;
+  int slots_per_rank;
+};
 
 // One row of the interior point's iteration table.
 struct IterationRow {

@@ -3,6 +3,7 @@
 
 #include "ipm.h"
 #include "rounding.h"
+#include "shares.h"
 
 namespace lplb {
 inline namespace LPLB_ISA {
@@ -16,9 +17,14 @@ struct GroupPlan {
 
 namespace detail {
 
-// Tokens per rank and expert, and both scaled by the mean, which is returned (tokens per unit of speed).
+// All tokens, and their mean per unit of speed.
+struct Sum {
+  double tokens, mean;
+};
+
+// Tokens per rank and expert, and both scaled by the mean.
 template <class Team, class AnyGroup>
-LPLB_HD inline double gather(Team& team, const AnyGroup& g, const Workspace& x, const int64_t* loads) {
+LPLB_HD inline Sum gather(Team& team, const AnyGroup& g, const Workspace& x, const int64_t* loads) {
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = 0;
     in_order<8>(
@@ -32,12 +38,47 @@ LPLB_HD inline double gather(Team& team, const AnyGroup& g, const Workspace& x, 
   const auto ranks = team.few_sums(
       g.n_ranks, [&](int r) { return static_cast<double>(x.single_tokens[r]); }, [&](int r) { return g.speed[r]; });
   const auto experts = team.sums(g.n_experts, [&](int e) { return static_cast<double>(x.tokens[e]); });
-  const double mean = (ranks[0] + experts[0]) / ranks[1];
+  const double tokens = ranks[0] + experts[0], mean = tokens / ranks[1];
   const double inv = mean > 0.0 ? 1.0 / mean : 0.0;
   team.each(g.n_ranks, [&](int r) { x.a[r] = static_cast<double>(x.single_tokens[r]) * inv; });
   team.each(g.n_experts, [&](int e) { x.w[e] = static_cast<double>(x.tokens[e]) * inv; });
   team.sync();
-  return mean;
+  return {tokens, mean};
+}
+
+// Every source's tokens by the fixed split. Leaves whole tokens per replica and rank where round_down does.
+template <class Team, class AnyGroup>
+LPLB_HD inline void split_fixed(Team& team, const AnyGroup& g, const Workspace& x, const Fewest& few) {
+  team.each(g.n_experts, [&](int e) {
+    const int begin = g.expert_begin[e], n = g.expert_begin[e + 1] - begin;
+    const Copies copies{g.expert_logical[e], n, g.replica_slot + begin, nullptr, few.slots_per_rank};
+    for (int i = 0; i < n; ++i) x.quota[begin + i] = 0;
+    LPLB_LOOP
+    for (int r = 0; r < few.from.n_ranks; ++r) {
+      const int64_t tokens = tokens_of(few.from, r, copies.expert);
+      if (tokens == 0) continue;
+      const FixedShares fixed(few.from, copies, r);
+      spread(
+          fixed.first_token(), tokens, n, [&](int i) { return fixed.weight(i); },
+          [&](int i, int64_t share) { x.quota[begin + i] += share; });
+    }
+  });
+  team.sync();
+  rounding::add_up_ranks(team, g, x);
+}
+
+// What is known of a fixed split: no rank has less than its single experts' tokens, and the busiest not less than the
+// mean.
+template <class Warp, class AnyGroup>
+LPLB_HD inline Result rate_fixed(Warp& warp, const AnyGroup& g, const Workspace& x, double mean) {
+  const double level =
+      warp.few_maxima(g.n_ranks, [&](int r) { return static_cast<double>(x.rank_tokens[r]) / g.speed[r]; })[0];
+  const double single =
+      warp.few_maxima(g.n_ranks, [&](int r) { return static_cast<double>(x.single_tokens[r]) / g.speed[r]; })[0];
+  double bound = single > mean ? single : mean;
+  if (level < bound) bound = level;  // by rounding alone
+  const double gap = bound > 0.0 ? (level - bound) / bound : 0.0;
+  return {static_cast<int64_t>(std::ceil(level)), bound, gap, 0, Status::skipped};
 }
 
 // What is known before rounding, in scaled loads.
@@ -69,10 +110,11 @@ LPLB_HD inline Result finish(Warp& warp, const AnyGroup& g, const Workspace& x, 
 // the matrix's memory is no longer needed and before the rank sets of `g` are.
 template <int kWords, class Team, class Algebra, class AnyGroup, class F>
 LPLB_HD inline void solve_group(Team& team, Algebra algebra, const AnyGroup& g, const Workspace& x,
-                                const int64_t* loads, Solver solver, const GroupPlan& plan, IterationRow* log,
-                                F matrix_is_free) {
-  const double mean = detail::gather(team, g, x, loads);
-  const bool movable = team.maxima(g.n_experts, [&](int e) { return x.w[e]; })[0] > 0.0;
+                                const int64_t* loads, const Fewest& few, Solver solver, const GroupPlan& plan,
+                                IterationRow* log, F matrix_is_free) {
+  const detail::Sum sum = detail::gather(team, g, x, loads);
+  const bool skipped = sum.tokens < static_cast<double>(few.least);
+  const bool movable = !skipped && team.maxima(g.n_experts, [&](int e) { return x.w[e]; })[0] > 0.0;
   // Nothing to share out: the busiest rank is a bound by itself.
   detail::Fractional found{0.0, 0.0, 0, Status::solved};
   if (!movable) {
@@ -87,12 +129,16 @@ LPLB_HD inline void solve_group(Team& team, Algebra algebra, const AnyGroup& g, 
   team.sync();
   if (movable && solver == Solver::flow)
     team.first_warp([&](auto& warp) {
-      const FlowOutcome out = bottleneck_flow<kWords>(warp, g, x, mean);
+      const FlowOutcome out = bottleneck_flow<kWords>(warp, g, x, sum.mean);
       found = {out.objective, out.bound, out.cuts, Status::solved};
     });
-  rounding::round_down(team, g, x, mean);
+  if (skipped)
+    detail::split_fixed(team, g, x, few);
+  else
+    rounding::round_down(team, g, x, sum.mean);
   team.first_warp([&](auto& warp) {
-    const Result result = detail::finish<kWords>(warp, g, x, mean, found);
+    const Result result =
+        skipped ? detail::rate_fixed(warp, g, x, sum.mean) : detail::finish<kWords>(warp, g, x, sum.mean, found);
     if (warp.rank() == 0) *plan.result = result;
   });
   team.each(g.n_replicas, [&](int p) { plan.quota[g.replica_slot[p]] = static_cast<int32_t>(x.quota[p]); });

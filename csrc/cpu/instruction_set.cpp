@@ -3,10 +3,10 @@
 
 #include "solve.h"
 
-#define LPLB_DECLARE(isa)                                                                                       \
-  namespace lplb::isa {                                                                                         \
-  void solve_on_one_thread(const Group&, const Workspace&, const int64_t*, Solver, int32_t*, int64_t*, Result*, \
-                           IterationRow*);                                                                      \
+#define LPLB_DECLARE(isa)                                                                                             \
+  namespace lplb::isa {                                                                                               \
+  void solve_on_one_thread(const Group&, const Workspace&, const int64_t*, const Fewest&, Solver, int32_t*, int64_t*, \
+                           Result*, IterationRow*);                                                                   \
   }
 LPLB_DECLARE(portable)
 #ifdef LPLB_HAVE_AVX2

@@ -29,6 +29,7 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
       n_logical_(n_logical),
       n_physical_(static_cast<int>(phy2log.size())),
       n_ranks_(n_ranks),
+      group_size_(group_size),
       max_threads_(max_threads),
       groups_(phy2log, n_logical, n_ranks, group_size, speed, BuiltinAlgebra<kMaxGroup>::width(group_size)),
       isa_(best_instruction_set()) {
@@ -75,16 +76,17 @@ int64_t Planner::count(const Index* indices, Chunks chunks, int32_t* prefix, int
   return bad < chunks.n ? bad : -1;
 }
 
-int64_t Planner::solve(const int64_t* loads, int64_t batch, Solver solver, const PlanArrays& out, IterationRow* log,
-                       int threads) {
+int64_t Planner::solve(const int64_t* loads, int64_t batch, const Sources& from, int64_t fewest, Solver solver,
+                       const PlanArrays& out, IterationRow* log, int threads) {
   const int n_groups = groups_.size();
+  const Fewest few{fewest, from, n_physical_ / n_ranks_};
   int64_t solved = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1) reduction(+ : solved)
   for (int64_t job = 0; job < batch * n_groups; ++job) {
     const int64_t b = job / n_groups;
     const int g = static_cast<int>(job % n_groups);
     Result r;
-    isa_.solve_group(groups_[g], workspaces_[thread_index() * n_groups + g], loads + b * n_logical_, solver,
+    isa_.solve_group(groups_[g], workspaces_[thread_index() * n_groups + g], loads + b * n_logical_, few, solver,
                      out.quota + b * n_physical_, out.rank_load + b * n_ranks_, &r,
                      log != nullptr ? log + g * (kMaxIterations + 1) : nullptr);
     out.max_load[job] = r.max_load;
@@ -97,54 +99,89 @@ int64_t Planner::solve(const int64_t* loads, int64_t batch, Solver solver, const
   return solved;
 }
 
+template <class Put>
+int64_t Planner::shares_of(const Copies& copies, const Sources& from, int source, Split split, const int32_t* status,
+                           Put put) const {
+  const int group = copies.rank(0) / group_size_;
+  if (status[group] == static_cast<int32_t>(Status::skipped)) return FixedShares(from, copies, source).put_all(put);
+  return own_shares(from, copies, source, split, put);
+}
+
+void Planner::shares(const Sources& from, int source, Split split, const int32_t* quota, const int32_t* status,
+                     Shares out) const {
+  for (int e = 0; e < n_logical_; ++e) {
+    const Copies copies = copies_of(e, quota);
+    if (copies.n == 1) continue;
+    out.starts[e] = static_cast<int32_t>(shares_of(copies, from, source, split, status, [&](int i, int64_t weight) {
+      out.weights[copies.slot[i]] = static_cast<int32_t>(weight);
+    }));
+  }
+}
+
+void Planner::tokens_by_source(const Sources& from, Split split, const int32_t* quota, const int32_t* status,
+                               int32_t* tokens) const {
+  std::vector<int64_t> weight(n_ranks_);
+  for (int e = 0; e < n_logical_; ++e) {
+    const Copies copies = copies_of(e, quota);
+    for (int r = 0; r < from.n_ranks; ++r) {
+      const int64_t first = shares_of(copies, from, r, split, status, [&](int i, int64_t w) { weight[i] = w; });
+      spread(
+          first, tokens_of(from, r, e), copies.n, [&](int i) { return weight[i]; },
+          [&](int i, int64_t n) {
+            tokens[static_cast<int64_t>(r) * n_physical_ + copies.slot[i]] = static_cast<int32_t>(n);
+          });
+    }
+  }
+}
+
 template <class Index>
-void Planner::assign(const Index* indices, Chunks chunks, const int32_t* prefix, RankCounts counts, int source,
-                     const int32_t* quota, Index* physical, int threads) {
+void Planner::assign(const Index* indices, Chunks chunks, const int32_t* prefix, Shares shares, Index* physical,
+                     int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int c = 0; c < chunks.count; ++c) {
-    Share* shares = shares_[thread_index()];
-    shares[0] = {0, 0, 0, -1, -1};
-    int32_t spare = n_logical_ + 1;  // shares of third and later replicas follow those of the experts
+    Share* nest = shares_[thread_index()];
+    nest[0] = {0, 0, 0, -1, -1};
+    int32_t spare = n_logical_ + 1;  // third and later replicas follow the experts
     for (int e = 0; e < n_logical_; ++e) {
-      uint64_t k = c > 0 ? prefix[static_cast<int64_t>(c - 1) * n_logical_ + e] : 0;
-      for (int r = 0; r < source; ++r) k += counts.row(r)[e];
       const int32_t *slot = &log2phy_[log2phy_begin_[e]], *end = &log2phy_[0] + log2phy_begin_[e + 1];
+      Share* share = nest + first_share(e);
+      if (end - slot == 1) {
+        *share = {0, 0, 0, *slot, *slot};
+        continue;
+      }
+      uint64_t k = shares.starts[e] + (c > 0 ? prefix[static_cast<int64_t>(c - 1) * n_logical_ + e] : 0);
       uint32_t tokens = 0;
-      for (const int32_t* s = slot; s < end; ++s) tokens += quota[*s];
-      Share* share = shares + first_share(e);
+      for (const int32_t* s = slot; s < end; ++s) tokens += shares.weights[*s];
       for (;; ++slot) {
-        share->quota = quota[*slot];
+        share->quota = shares.weights[*slot];
         share->tokens = tokens;
-        share->hit = share->miss = *slot;
+        share->hit = *slot;
         k = share->start_at(k);
         tokens -= share->quota;
-        if (end - slot <= 1) break;
         share->miss = slot[1];
         if (end - slot == 2) break;  // the last replica takes all that is left
         share->miss = Share::beyond(spare);
-        share = shares + spare++;
+        share = nest + spare++;
       }
     }
     for (int64_t i = chunks.begin(c), stop = chunks.end(c); i < stop; ++i) {
-      int32_t to = shares[indices[i] + 1].next();
-      while (to < -1) to = shares[-2 - to].next();
+      int32_t to = nest[indices[i] + 1].next();
+      while (to < -1) to = nest[-2 - to].next();
       physical[i] = static_cast<Index>(to);
     }
   }
 }
 
-int64_t total(RankCounts counts, int n_ranks, int n_logical, int64_t* loads) {
-  for (int e = 0; e < n_logical; ++e) loads[e] = counts.first[e];
-  for (int r = 1; r < n_ranks; ++r)
-    for (int e = 0; e < n_logical; ++e) loads[e] += counts.row(r)[e];
+int64_t total(const Sources& from, int n_logical, int64_t* loads) {
+  for (int e = 0; e < n_logical; ++e) loads[e] = from.first[e];
+  for (int r = 1; r < from.n_ranks; ++r)
+    for (int e = 0; e < n_logical; ++e) loads[e] += from.first[r * from.stride + e];
   return *std::max_element(loads, loads + n_logical);
 }
 
 template int64_t Planner::count<int32_t>(const int32_t*, Chunks, int32_t*, int) const;
 template int64_t Planner::count<int64_t>(const int64_t*, Chunks, int32_t*, int) const;
-template void Planner::assign<int32_t>(const int32_t*, Chunks, const int32_t*, RankCounts, int, const int32_t*,
-                                       int32_t*, int);
-template void Planner::assign<int64_t>(const int64_t*, Chunks, const int32_t*, RankCounts, int, const int32_t*,
-                                       int64_t*, int);
+template void Planner::assign<int32_t>(const int32_t*, Chunks, const int32_t*, Shares, int32_t*, int);
+template void Planner::assign<int64_t>(const int64_t*, Chunks, const int32_t*, Shares, int64_t*, int);
 
 }  // namespace lplb::cpu

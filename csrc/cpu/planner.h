@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "../core/shares.h"
 #include "../core/split.h"
 #include "solve.h"
 
@@ -19,11 +20,10 @@ struct Chunks {
   int64_t end(int i) const { return begin(i + 1); }
 };
 
-// Tokens per rank and logical expert: row r starts at first + r·stride.
-struct RankCounts {
-  const int32_t* first;
-  int64_t stride;
-  const int32_t* row(int r) const { return first + r * stride; }
+// How one source's tokens go where: weights [n_physical] of copies, and the number of the first token of every expert
+// [n_logical]; see core/shares.h. Those of experts with one slot are not used.
+struct Shares {
+  int32_t *weights, *starts;
 };
 
 class Planner {
@@ -38,22 +38,36 @@ class Planner {
   template <class Index>
   int64_t count(const Index* indices, Chunks chunks, int32_t* prefix, int threads) const;
 
-  // loads [batch, n_logical] whole tokens. log, if not null: [n_groups, kMaxIterations + 1]; batch must be 1.
-  // Returns how many groups were solved.
-  int64_t solve(const int64_t* loads, int64_t batch, Solver solver, const PlanArrays& out, IterationRow* log,
-                int threads);
+  // loads [batch, n_logical] whole tokens, those of `from` where fewest is not 0: groups with fewer tokens are not
+  // solved, and batch must be 1. log, if not null: [n_groups, kMaxIterations + 1], for a batch
+  // of 1. Returns how many groups were solved.
+  int64_t solve(const int64_t* loads, int64_t batch, const Sources& from, int64_t fewest, Solver solver,
+                const PlanArrays& out, IterationRow* log, int threads);
 
-  // Maps the tokens of rank `source`; prefix as count() left it. An expert's quotas sum to its total over all ranks.
-  // `physical` may be `indices` itself.
+  // The shares of rank `source` under a plan for the tokens of `from`.
+  void shares(const Sources& from, int source, Split split, const int32_t* quota, const int32_t* status,
+              Shares out) const;
+
+  // Tokens of every source on every physical expert [from.n_ranks, n_physical] under the same plan.
+  void tokens_by_source(const Sources& from, Split split, const int32_t* quota, const int32_t* status,
+                        int32_t* tokens) const;
+
+  // Maps tokens by shares; prefix as count() left it. `physical` may be `indices` itself.
   template <class Index>
-  void assign(const Index* indices, Chunks chunks, const int32_t* prefix, RankCounts counts, int source,
-              const int32_t* quota, Index* physical, int threads);
+  void assign(const Index* indices, Chunks chunks, const int32_t* prefix, Shares shares, Index* physical, int threads);
 
  private:
   int first_share(int e) const { return e + 1; }  // share 0 is for index -1
+  Copies copies_of(int e, const int32_t* quota) const {
+    const int32_t begin = log2phy_begin_[e];
+    return {e, log2phy_begin_[e + 1] - begin, &log2phy_[begin], quota, n_physical_ / n_ranks_};
+  }
+  template <class Put>
+  int64_t shares_of(const Copies& copies, const Sources& from, int source, Split split, const int32_t* status,
+                    Put put) const;
 
   std::vector<int32_t> log2phy_begin_, log2phy_;  // slots of every logical expert, ascending
-  int n_logical_, n_physical_, n_ranks_, max_threads_;
+  int n_logical_, n_physical_, n_ranks_, group_size_, max_threads_;
   GroupTables groups_;
   InstructionSet isa_;
   size_t memory_size_ = 0;
@@ -63,7 +77,7 @@ class Planner {
   std::vector<int32_t*> counters_;     // [max_threads] n_logical + 1 each
 };
 
-// loads[e] = Σ over ranks of counts. Returns the largest.
-int64_t total(RankCounts counts, int n_ranks, int n_logical, int64_t* loads);
+// loads[e] = Σ over ranks of tokens. Returns the largest.
+int64_t total(const Sources& from, int n_logical, int64_t* loads);
 
 }  // namespace lplb::cpu

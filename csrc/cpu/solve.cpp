@@ -6,15 +6,15 @@
 namespace lplb {
 inline namespace LPLB_ISA {
 
-void solve_on_one_thread(const Group& g, const Workspace& x, const int64_t* loads, Solver solver, int32_t* quota,
-                         int64_t* rank_load, Result* result, IterationRow* log) {
+void solve_on_one_thread(const Group& g, const Workspace& x, const int64_t* loads, const Fewest& few, Solver solver,
+                         int32_t* quota, int64_t* rank_load, Result* result, IterationRow* log) {
   Solo team;
   const GroupPlan plan{quota, rank_load, result};
   const auto nothing = [] {};
   if (set_words(g.n_ranks) == 1)
-    solve_group<1>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, loads, solver, plan, log, nothing);
+    solve_group<1>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, loads, few, solver, plan, log, nothing);
   else
-    solve_group<2>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, loads, solver, plan, log, nothing);
+    solve_group<2>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, loads, few, solver, plan, log, nothing);
 }
 
 }  // namespace LPLB_ISA

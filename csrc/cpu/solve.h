@@ -6,8 +6,8 @@
 namespace lplb::cpu {
 
 // quota [n_physical], rank_load [ep_size]: only the group's own entries are written.
-using SolveGroup = void (*)(const Group& g, const Workspace& x, const int64_t* loads, Solver solver, int32_t* quota,
-                            int64_t* rank_load, Result* result, IterationRow* log);
+using SolveGroup = void (*)(const Group& g, const Workspace& x, const int64_t* loads, const Fewest& few, Solver solver,
+                            int32_t* quota, int64_t* rank_load, Result* result, IterationRow* log);
 
 // The best this processor can run, and its name.
 struct InstructionSet {

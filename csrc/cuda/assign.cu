@@ -20,24 +20,26 @@ __global__ void __launch_bounds__(kTokenWarps* kWarpSize, 1) assign_kernel(const
     return;
   }
   auto* shares = reinterpret_cast<Proportion*>(memory);
-  auto* copy_slot = reinterpret_cast<int32_t*>(shares + a.slots.n_copies);
+  auto* weight = reinterpret_cast<int32_t*>(shares + a.slots.n_copies);
+  auto* start = weight + a.slots.n_copies;
+  auto* copy_slot = start + a.slots.n_copies;
   auto* to = copy_slot + a.slots.n_copies;
   Slots slots = a.slots;
   block.each(slots.n_copies, [&](int i) { copy_slot[i] = a.slots.copy_slot[i]; });
   block.each(slots.n_logical, [&](int e) { to[e] = a.slots.to[e]; });
-  find_shares(block, a.slots, a.quota, shares);
+  find_shares(block, a.slots, a.rule, weight, start, shares);
   slots.copy_slot = copy_slot;
   slots.to = to;
   block.sync();
-  assign_block(block, static_cast<const Index*>(a.indices), physical, a.cut, c, slots, shares, to + slots.n_logical,
-               a.warp_prefix + static_cast<int64_t>(c) * block.n_warps() * slots.n_logical,
-               c > 0 ? a.prefix + (c - 1) * slots.n_logical : nullptr, a.before_rank);
+  assign_block(block, static_cast<const Index*>(a.indices), physical, a.cut, c, slots, shares, start,
+               to + slots.n_logical, a.warp_prefix + static_cast<int64_t>(c) * block.n_warps() * slots.n_logical,
+               c > 0 ? a.prefix + (c - 1) * slots.n_logical : nullptr);
 }
 
 }  // namespace
 
 size_t assign_shared(int n_logical, int n_copies, int warps) {
-  return n_copies * (sizeof(Proportion) + sizeof(int32_t)) + sizeof(int32_t) * n_logical * (1 + warps);
+  return n_copies * (sizeof(Proportion) + 3 * sizeof(int32_t)) + sizeof(int32_t) * n_logical * (1 + warps);
 }
 
 void allow_assign_shared(size_t bytes) {

@@ -11,11 +11,10 @@ struct AssignArguments {
   const void* indices;
   void* physical;
   Cut cut;
-  Slots slots;                 // in device memory
-  const int32_t* quota;        // [n_physical]
+  Slots slots;  // in device memory
+  ShareRule rule;
   const int32_t* prefix;       // [blocks, n_logical] as count left it
   const int32_t* warp_prefix;  // [blocks, warps, n_logical] as count left it
-  const int32_t* before_rank;  // [n_logical] tokens of earlier ranks; null where there are none
   const int32_t* halt;         // where it is not 0 every token goes to -1
   unsigned int* arrived;       // of count: set to 0, also after counts that overlapped, which they must not
 };

@@ -39,11 +39,12 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
     : n_logical_(n_logical),
       n_physical_(static_cast<int>(phy2log.size())),
       n_ranks_(n_ranks),
+      group_size_(group_size),
       sms_(sms),
       warps_(kTokenWarps),
       kernel_(kernel_for(algebra, group_size)),
-      tables_(
-          make_tables(GroupTables(phy2log, n_logical, n_ranks, group_size, speed, kernel_.width), phy2log, n_logical)),
+      tables_(make_tables(GroupTables(phy2log, n_logical, n_ranks, group_size, speed, kernel_.width), phy2log,
+                          n_logical, n_ranks)),
       solve_shared_(solve_shared(tables_.groups, kernel_.threads)) {
   check_fits("a group of " + std::to_string(group_size) + " ranks and " +
                  std::to_string(n_physical_ / (n_ranks / group_size)) + " physical experts (" + kernel_.algebra + ")",
@@ -66,7 +67,6 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
   scratch_.arrived = take(1);
   scratch_.halt = take(1);
   scratch_.outside = take(2);
-  scratch_.before_rank = take(n_logical);
   scratch_.prefix = take(per_block);
   scratch_.warp_prefix = take(per_block * warps_);
   scratch_.bytes = used;
@@ -117,34 +117,42 @@ void Planner::count(const void* indices, int index_bytes, Cut cut, int blocks, i
   launch_count(a, index_bytes, blocks, warps_, stream);
 }
 
-void Planner::solve(int64_t* loads, int64_t batch, ExchangedTable table, Solver solver, const PlanArrays& out,
-                    IterationRow* log, cudaStream_t stream) const {
+void Planner::solve(int64_t* loads, int64_t batch, ExchangedTable table, int64_t fewest, Solver solver,
+                    const PlanArrays& out, IterationRow* log, cudaStream_t stream) const {
   need_memory();
-  table.before_rank = scratch<int32_t>(scratch_.before_rank);
   table.halt = scratch<int32_t>(scratch_.halt);
   table.faults = faults_;
-  const SolveArguments a{image_,       static_cast<int>(tables_.groups.size()),
-                         n_logical_,   n_physical_,
-                         n_ranks_,     solver,
-                         loads,        table,
-                         out.quota,    out.rank_load,
-                         out.max_load, out.lower_bound,
-                         out.gap,      out.iterations,
-                         out.status,   log};
+  const SolveArguments a{image_,
+                         static_cast<int>(tables_.groups.size()),
+                         n_logical_,
+                         n_physical_,
+                         n_ranks_,
+                         solver,
+                         fewest,
+                         loads,
+                         table,
+                         out.quota,
+                         out.rank_load,
+                         out.max_load,
+                         out.lower_bound,
+                         out.gap,
+                         out.iterations,
+                         out.status,
+                         log};
   launch_solve(kernel_, a, batch, solve_shared_, stream);
 }
 
-void Planner::assign(const void* indices, int index_bytes, Cut cut, int blocks, const int32_t* prefix, int source,
-                     const int32_t* quota, void* physical, cudaStream_t stream) const {
+void Planner::assign(const void* indices, int index_bytes, Cut cut, int blocks, const int32_t* prefix, ShareRule rule,
+                     void* physical, cudaStream_t stream) const {
   need_memory();
+  rule.group_size = group_size_;
   const AssignArguments a{indices,
                           physical,
                           cut,
                           tables_.slots.at(image_, n_logical_),
-                          quota,
+                          rule,
                           prefix,
                           scratch<int32_t>(scratch_.warp_prefix),
-                          source > 0 ? scratch<int32_t>(scratch_.before_rank) : nullptr,
                           scratch<int32_t>(scratch_.halt),
                           scratch<unsigned int>(scratch_.arrived)};
   launch_assign(a, index_bytes, blocks, warps_, stream);

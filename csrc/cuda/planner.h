@@ -42,17 +42,17 @@ class Planner {
   void bind(const void* image, void* scratch, int64_t* faults);
   void count(const void* indices, int index_bytes, Cut cut, int blocks, int32_t* prefix, int32_t* row,
              cudaStream_t stream) const;
-  // table.counts null: loads [batch, n_logical] are given.
-  void solve(int64_t* loads, int64_t batch, ExchangedTable table, Solver solver, const PlanArrays& out,
+  // table.from.first null: loads [batch, n_logical] are given, and fewest is 0.
+  void solve(int64_t* loads, int64_t batch, ExchangedTable table, int64_t fewest, Solver solver, const PlanArrays& out,
              IterationRow* log, cudaStream_t stream) const;
-  void assign(const void* indices, int index_bytes, Cut cut, int blocks, const int32_t* prefix, int source,
-              const int32_t* quota, void* physical, cudaStream_t stream) const;
+  void assign(const void* indices, int index_bytes, Cut cut, int blocks, const int32_t* prefix, ShareRule rule,
+              void* physical, cudaStream_t stream) const;
   int32_t* prefix() const { return scratch<int32_t>(scratch_.prefix); }
 
  private:
   // Where things are in the scratch memory.
   struct Scratch {
-    size_t arrived, halt, outside, before_rank, prefix, warp_prefix, bytes;
+    size_t arrived, halt, outside, prefix, warp_prefix, bytes;
   };
   template <class T>
   T* scratch(size_t offset) const {
@@ -60,7 +60,7 @@ class Planner {
   }
   void need_memory() const;
 
-  int n_logical_, n_physical_, n_ranks_, sms_, warps_;
+  int n_logical_, n_physical_, n_ranks_, group_size_, sms_, warps_;
   SolveKernel kernel_;
   Tables tables_;
   size_t solve_shared_;

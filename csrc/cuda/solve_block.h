@@ -8,15 +8,12 @@ namespace lplb::cuda {
 
 inline constexpr int kCheckWords = 3;  // of an exchange's row behind its error word
 
-// Tokens per rank and logical expert as an exchange gathered them, and what becomes of them. `counts` is null where
+// Tokens per rank and logical expert as an exchange gathered them, and what becomes of them. `from.first` is null where
 // loads are given instead.
 struct ExchangedTable {
-  const int32_t* counts;  // [ranks, stride]: n_logical counts, an error word, and n_words words
-  int64_t stride;
-  int ranks, source;           // source: this rank
+  Sources from;                // behind the n_logical counts of a row are an error word and n_words words
   int n_words;                 // 0: nobody to compare with
   int32_t words[kCheckWords];  // what every rank must have sent
-  int32_t* before_rank;        // [n_logical] tokens of the ranks before source
   int32_t* halt;               // 1 where a row is not as it must be: nothing is mapped then
   int64_t* faults;             // host memory; [1] is then 1 + the rank, [2] is 1 where an expert has too many tokens
   void* counter;               // raised by the groups solved, or null
@@ -27,6 +24,7 @@ struct SolveArguments {
   const std::byte* image;  // of Tables
   int n_groups, n_logical, n_physical, n_ranks;
   Solver solver;
+  int64_t fewest;  // groups with fewer tokens are not solved; 0 where loads are given
   int64_t* loads;  // [batch, n_logical], written where there is a table
   ExchangedTable table;
   // [batch, …] n_physical, n_ranks; the others n_groups
@@ -41,11 +39,11 @@ struct SolveArguments {
 template <class Team>
 LPLB_HD inline int odd_row(Team& team, const ExchangedTable& t, int n_logical) {
   auto& warp = team.warp();
-  for (int first = 0; first < t.ranks && t.n_words > 0; first += kWarpSize) {
+  for (int first = 0; first < t.from.n_ranks && t.n_words > 0; first += kWarpSize) {
     const int r = first + warp.rank();
     bool odd = false;
-    if (r < t.ranks) {
-      const int32_t* words = t.counts + r * t.stride + n_logical;
+    if (r < t.from.n_ranks) {
+      const int32_t* words = t.from.first + r * t.from.stride + n_logical;
       odd = words[0] != 0;
       for (int i = 0; i < kCheckWords; ++i) odd = odd || (i < t.n_words && words[1 + i] != t.words[i]);
     }
@@ -55,7 +53,7 @@ LPLB_HD inline int odd_row(Team& team, const ExchangedTable& t, int n_logical) {
   return -1;
 }
 
-// Tokens of a group's experts, over all ranks and before this one. Whether the table may be used, as far as this group
+// Tokens of a group's experts over all ranks. Whether the table may be used, as far as this group
 // knows: where another group has too many tokens, this one is solved and counted.
 template <class Team>
 LPLB_HD inline bool add_up(Team& team, const SharedGroup& g, const SolveArguments& a) {
@@ -70,13 +68,8 @@ LPLB_HD inline bool add_up(Team& team, const SharedGroup& g, const SolveArgument
   team.each(g.n_singles + g.n_experts, [&](int i) {
     const int e = i < g.n_singles ? g.single_logical[i] : g.expert_logical[i - g.n_singles];
     int64_t all = 0;
-    uint32_t before = 0;
     LPLB_UNROLL_16
-    for (int r = 0; r < t.ranks; ++r) {
-      const int32_t tokens = t.counts[r * t.stride + e];
-      all += tokens;
-      before += r < t.source ? static_cast<uint32_t>(tokens) : 0;
-    }
+    for (int r = 0; r < t.from.n_ranks; ++r) all += tokens_of(t.from, r, e);
     if (all > kMost) {
       too_many = true;
       team.note(t.halt, 1);
@@ -84,7 +77,6 @@ LPLB_HD inline bool add_up(Team& team, const SharedGroup& g, const SolveArgument
       all = kMost;
     }
     a.loads[e] = all;
-    t.before_rank[e] = static_cast<int32_t>(before);
   });
   return !team.any(too_many) && odd < 0;  // any() is a barrier, too
 }
@@ -109,14 +101,15 @@ LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArgument
   g.rank_replica_ranks = x.sets + kWords * g.n_experts;
   team.sync();
 
-  const bool usable = a.table.counts == nullptr || add_up(team, g, a);
+  const bool usable = a.table.from.first == nullptr || add_up(team, g, a);
   Result result{};
   const GroupPlan plan{a.quota + load * a.n_physical, a.rank_load + load * a.n_ranks, &result};
   const auto copy_sets = [&] {
     const auto* sets = reinterpret_cast<const uint64_t*>(a.image + d.sets);
     team.each(n_set_words(d), [&](int i) { x.sets[i] = sets[i]; });
   };
-  solve_group<kWords>(team, algebra, g, x, a.loads + load * a.n_logical, a.solver, plan,
+  const Fewest few{a.fewest, a.table.from, a.n_physical / a.n_ranks};
+  solve_group<kWords>(team, algebra, g, x, a.loads + load * a.n_logical, few, a.solver, plan,
                       a.log != nullptr ? a.log + group * (kMaxIterations + 1) : nullptr, copy_sets);
   if (team.rank() != 0) return;
   a.max_load[block] = result.max_load;

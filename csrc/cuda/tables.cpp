@@ -77,7 +77,7 @@ DeviceGroup add_group(Image& image, const Group& g) {
 
 }  // namespace
 
-Tables make_tables(const GroupTables& groups, const std::vector<int32_t>& phy2log, int n_logical) {
+Tables make_tables(const GroupTables& groups, const std::vector<int32_t>& phy2log, int n_logical, int n_ranks) {
   Tables t;
   Image image(t.image);
   image.room(groups.size() * sizeof(DeviceGroup));
@@ -86,8 +86,9 @@ Tables make_tables(const GroupTables& groups, const std::vector<int32_t>& phy2lo
 
   std::vector<std::vector<int32_t>> slots_of(n_logical);
   for (size_t p = 0; p < phy2log.size(); ++p) slots_of[phy2log[p]].push_back(static_cast<int32_t>(p));
-  std::vector<int32_t> to, copy_slot, copy_end;
-  for (const std::vector<int32_t>& slots : slots_of) {
+  std::vector<int32_t> to, copy_slot, copy_end, copy_expert;
+  for (int e = 0; e < n_logical; ++e) {
+    const std::vector<int32_t>& slots = slots_of[e];
     if (slots.size() == 1) {
       to.push_back(slots[0]);
       continue;
@@ -95,11 +96,14 @@ Tables make_tables(const GroupTables& groups, const std::vector<int32_t>& phy2lo
     to.push_back(Slots::first_copy(static_cast<int32_t>(copy_slot.size())));
     copy_slot.insert(copy_slot.end(), slots.begin(), slots.end());
     copy_end.resize(copy_slot.size(), static_cast<int32_t>(copy_slot.size()));
+    copy_expert.resize(copy_slot.size(), e);
   }
   t.slots.n_copies = static_cast<int>(copy_slot.size());
+  t.slots.slots_per_rank = static_cast<int>(phy2log.size()) / n_ranks;
   t.slots.to = image.add<int32_t>(to.data(), to.size());
   t.slots.copy_slot = image.add<int32_t>(copy_slot.data(), copy_slot.size());
   t.slots.copy_end = image.add<int32_t>(copy_end.data(), copy_end.size());
+  t.slots.copy_expert = image.add<int32_t>(copy_expert.data(), copy_expert.size());
   return t;
 }
 

@@ -55,12 +55,12 @@ LPLB_HD inline int n_set_words(const DeviceGroup& d) { return set_words(d.n_rank
 
 // Where the image has the Slots of assign.h.
 struct SlotTables {
-  int n_copies;
-  size_t to, copy_slot, copy_end;
+  int n_copies, slots_per_rank;
+  size_t to, copy_slot, copy_end, copy_expert;
 
   Slots at(const std::byte* image, int n_logical) const {
     const auto words = [&](size_t offset) { return reinterpret_cast<const int32_t*>(image + offset); };
-    return {n_logical, n_copies, words(to), words(copy_slot), words(copy_end)};
+    return {n_logical, n_copies, slots_per_rank, words(to), words(copy_slot), words(copy_end), words(copy_expert)};
   }
 };
 
@@ -71,6 +71,6 @@ struct Tables {
 };
 
 // Throws std::invalid_argument for a group of more replicas than 16 bits count.
-Tables make_tables(const GroupTables& groups, const std::vector<int32_t>& phy2log, int n_logical);
+Tables make_tables(const GroupTables& groups, const std::vector<int32_t>& phy2log, int n_logical, int n_ranks);
 
 }  // namespace lplb::cuda
