@@ -302,8 +302,20 @@ def error_word(error: Exception | None) -> int:
     return 1 + next((i for i, kind in enumerate(KINDS) if isinstance(error, kind)), len(KINDS) - 1)
 
 
+OTHER_SETTINGS = (
+    "another placement or other settings than rank 0, or called another method, or another planner of the group; "
+    "allowed is the same on every rank (r2o or placement and its order, expert counts, rank_speed, solver, nodes of a "
+    "DeepEP buffer), and, where several threads call planners of one group, one order of calls on every rank: give "
+    "each thread a process group of its own"
+)
+
+
 def raise_together(
-    exchange: Exchange, words: Sequence[Sequence[int]], error: Exception | None, settings: str | None = None
+    exchange: Exchange,
+    words: Sequence[Sequence[int]],
+    error: Exception | None,
+    has: str = OTHER_SETTINGS,
+    settings: str | None = None,
 ) -> None:
     """Raise on every rank if any rank has an error or another fingerprint. Collective in that case only.
 
@@ -313,8 +325,9 @@ def raise_together(
         exchange: the ranks.
         words: for every rank its `WORDS` last columns: all ranks see the same.
         error: this rank's own error, which it raises as it is.
-        settings: what the fingerprint is of, in words, so that ranks that differ can be told apart; on every rank or
-            on none. ``None`` for a planner's.
+        has: what a rank with another fingerprint has.
+        settings: instead of ``has``, what this rank has: what the fingerprint is of, in words; the error then quotes
+            two ranks that differ. On every rank or on none.
 
     Raises:
         ValueError, TypeError, RuntimeError: as the first rank in trouble; its message names that rank.
@@ -331,12 +344,7 @@ def raise_together(
         seen, first = (_message_of(exchange, rank, settings) for rank in (odd, 0))
         raise ValueError(f"rank {odd} has {seen}, allowed is the same on every rank, and rank 0 has {first}")
     if odd is not None:
-        raise ValueError(
-            f"rank {odd} has another placement or other settings than rank 0, or called another method, or another "
-            "planner of the group; allowed is the same on every rank (r2o or placement and its order, expert counts, "
-            "rank_speed, solver, nodes of a DeepEP buffer), and, where several threads call planners of one group, one "
-            "order of calls on every rank: give each thread a process group of its own"
-        )
+        raise ValueError(f"rank {odd} has {has}")
 
 
 def _message_of(exchange: Exchange, rank: int, text: str) -> str:
@@ -358,11 +366,12 @@ def together(
     exchange: Exchange,
     action: Callable[[], T],
     print_of: Callable[[T], tuple[int, int]],
+    has: str = OTHER_SETTINGS,
     settings: str | None = None,
 ) -> T:
     """Run ``action`` on every rank; if it fails on one, or its fingerprint differs, all ranks raise. Collective.
 
-    ``settings`` as for `raise_together`.
+    ``has`` and ``settings`` as for `raise_together`.
     """
     if isinstance(exchange, Local):
         return action()
@@ -377,5 +386,5 @@ def together(
     row = torch.tensor([error_word(error), AGREE, *words], dtype=torch.int32, device="cpu")
     with turn(exchange):
         gather(exchange, AGREE, row, table)
-        raise_together(exchange, table.tolist(), error, settings)
+        raise_together(exchange, table.tolist(), error, has, settings)
     return result

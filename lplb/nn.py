@@ -134,7 +134,9 @@ class ExpertParallelMoE(nn.Module):
             f"hidden_size {hidden_size}, ffn_size {ffn_size}, n_experts {n_experts}, top_k {top_k}, dtype "
             f"{dtype or torch.get_default_dtype()}, {'no balancer' if balancer is None else 'a balancer'}"
         )
-        exchange.together(self._ranks, build, lambda _: exchange.fingerprint(settings, self.home.tolist()), settings)
+        exchange.together(
+            self._ranks, build, lambda _: exchange.fingerprint(settings, self.home.tolist()), settings=settings
+        )
         self.balancer = balancer
         self.received = None
         self._handle = _handle_of(self)
@@ -308,7 +310,7 @@ class ExpertParallelMoE(nn.Module):
         if error is None and traffic[0, 0, n_slots] != 0:
             token = int(weight.isnan().any(-1).nonzero()[0])
             error = ValueError(f"the router's shares of token {token} are nan, allowed are finite scores")
-        exchange.raise_together(ranks, traffic[1, :, n_slots:].tolist(), error, settings)
+        exchange.raise_together(ranks, traffic[1, :, n_slots:].tolist(), error, settings=settings)
         traffic = traffic[:, :, :n_slots].contiguous()  # as the operator promises
         self.received = traffic[1]
         return traffic
