@@ -28,7 +28,9 @@ from lplb.exchange import Exchange
 from lplb.placement import Placement
 from lplb.planner import Planner
 from lplb.recompute import keep_routes, settled
-from lplb.slots import SlotWeights
+from lplb.rows import all_to_all, grouped, has_grouped_matmul, inverse, one_by_one, permuted
+from lplb.slots import SlotWeights, homes_kept, moves_to_homes
+from lplb.weights import Move, Moved
 
 __all__ = ["ExpertParallelMoE", "Route", "keep_routes"]
 
@@ -127,7 +129,8 @@ class ExpertParallelMoE(nn.Module):
             router = torch.empty(self.n_experts, self.hidden_size, device=device, dtype=_checked_dtype(dtype))
             _check_balancer(balancer, self._ranks, self.n_experts, router.device)
             self.router = nn.Parameter(router)
-            self._hold(balancer)
+            self.placement, self.home = _placement_of(balancer, self.n_experts, self._ranks.size)
+            self.experts = self._slots(self.placement, self.home)
             self.reset_parameters()
 
         settings = (
@@ -159,20 +162,56 @@ class ExpertParallelMoE(nn.Module):
             nn.init.uniform_(down, -(ffn**-0.5), ffn**-0.5)
             self.experts.fill(expert, {"gate_up": gate_up, "down": down})
 
-    def _hold(self, balancer: Planner | None) -> None:
-        """Make room for the experts of this rank's slots."""
-        if balancer is None:
-            self.placement = Placement(range(self.n_experts), self._ranks.size)
-        else:
-            self.placement = balancer.placement
-        home = getattr(balancer, "home", self.placement.log2phy[:, 0])
-        self.home = home.long().cpu()
-        n_slots = self.placement.n_physical // self._ranks.size  # of this process
+    def follow(self, balancer: Planner | None) -> Moved:
+        """Take another balancer, or the same one after a re-mapping, and move the weights to its slots. Collective.
+
+        The home of an expert stays on its rank if that still has the expert. Then its parameters stay the same objects,
+        and an optimizer goes on with their state. Experts that find a home on another rank have new parameters there,
+        without state: give an optimizer the parameters anew, and what it is to know of them. A `ReplicaSync` is of the
+        old slots; make another, and let it renew the copies unless they were as their originals before.
+
+        Args:
+            balancer: as for the class.
+
+        Returns:
+            Rounds of transfers, and the bytes that this rank sent and received.
+
+        Raises:
+            TypeError, ValueError: the balancer is not allowed, on any rank, or another on another rank.
+            RuntimeError: a rank is lost. In every case the layer is as before.
+        """
+
+        def check() -> tuple[Placement, Tensor, SlotWeights]:
+            _check_balancer(balancer, self._ranks, self.n_experts, self.router.device)
+            placement, home = _placement_of(balancer, self.n_experts, self._ranks.size)
+            if placement.n_ranks == self.placement.n_ranks:
+                home = homes_kept(self.home, self.placement, placement, home)
+            return placement, home, self._slots(placement, home)
+
+        placement, home, experts = exchange.together(
+            self._ranks,
+            check,
+            lambda found: exchange.fingerprint("follow", found[0].phy2log.tolist(), found[1].tolist()),
+            "another placement than rank 0, or called another method; allowed is the same on every rank",
+        )
+        if isinstance(self._ranks, exchange.Distributed):
+            moves = moves_to_homes(self.placement, self.home, placement, home)
+            moved = self.experts.move_into(experts, moves, self._ranks.group)
+        else:  # one process has the slots of all ranks
+            old = self.home.tolist()
+            moves = [Move(expert, 0, old[expert], 0, slot) for slot, expert in enumerate(placement.phy2log.tolist())]
+            moved = self.experts.move_into(experts, moves, None)
+        self.experts, self.placement, self.home, self.balancer = experts, placement, home, balancer
+        return moved
+
+    def _slots(self, placement: Placement, home: Tensor) -> SlotWeights:
+        """Room for the experts in this process's slots of a placement."""
+        n_slots = placement.n_physical // self._ranks.size
         slots = range(self._ranks.rank * n_slots, (self._ranks.rank + 1) * n_slots)
-        at_home = set(self.home.tolist())
-        self.experts = SlotWeights(
+        at_home = set(home.tolist())
+        return SlotWeights(
             {"gate_up": (self.hidden_size, 2 * self.ffn_size), "down": (self.ffn_size, self.hidden_size)},
-            [int(self.placement.phy2log[slot]) for slot in slots],
+            [int(placement.phy2log[slot]) for slot in slots],
             [slot in at_home for slot in slots],
             device=self.router.device,
             dtype=self.router.dtype,
@@ -232,12 +271,12 @@ class ExpertParallelMoE(nn.Module):
             if not torch.compiler.is_compiling():
                 raise error
             return x + route.received.sum()  # traced, but not reached: `route` raises, so the graph must hold it
-        row = _inverse(route.choice)  # of each choice
-        rows = _permuted(x.reshape(-1, self.hidden_size), route.choice, row, self.top_k)
-        rows = _all_to_all(rows, route.receive, route.send, self._ranks)
+        row = inverse(route.choice)  # of each choice
+        rows = permuted(x.reshape(-1, self.hidden_size), route.choice, row, self.top_k)
+        rows = all_to_all(rows, route.receive, route.send, self._ranks)
         rows = self._serve(rows, route.received)
-        rows = _all_to_all(rows, route.send, route.receive, self._ranks)
-        by_choice = _permuted(rows, row, route.choice).view(-1, self.top_k, self.hidden_size)
+        rows = all_to_all(rows, route.send, route.receive, self._ranks)
+        by_choice = permuted(rows, row, route.choice).view(-1, self.top_k, self.hidden_size)
         # Choice by choice, as the router has them: where they were served does not matter, and in float32 at least.
         out = torch.zeros((), dtype=route.weight.dtype, device=x.device)
         for part, weight in zip(by_choice.unbind(1), route.weight.unbind(1), strict=True):
@@ -303,14 +342,15 @@ class ExpertParallelMoE(nn.Module):
             words[0] = weight.isnan().any()  # the word of a ValueError is 1
         sent = torch.cat([counts, words.expand(ranks.size, -1)], 1)
         got = sent
-        if isinstance(ranks, exchange.Distributed):
-            got = torch.empty_like(sent)
-            dist.all_to_all_single(got, sent, group=ranks.group)
-        traffic = torch.stack([sent, got]).cpu()
-        if error is None and traffic[0, 0, n_slots] != 0:
-            token = int(weight.isnan().any(-1).nonzero()[0])
-            error = ValueError(f"the router's shares of token {token} are nan, allowed are finite scores")
-        exchange.raise_together(ranks, traffic[1, :, n_slots:].tolist(), error, settings=settings)
+        with exchange.turn(ranks):
+            if isinstance(ranks, exchange.Distributed):
+                got = torch.empty_like(sent)
+                dist.all_to_all_single(got, sent, group=ranks.group)
+            traffic = torch.stack([sent, got]).cpu()
+            if error is None and traffic[0, 0, n_slots] != 0:
+                token = int(weight.isnan().any(-1).nonzero()[0])
+                error = ValueError(f"the router's shares of token {token} are nan, allowed are finite scores")
+            exchange.raise_together(ranks, traffic[1, :, n_slots:].tolist(), error, settings=settings)
         traffic = traffic[:, :, :n_slots].contiguous()  # as the operator promises
         self.received = traffic[1]
         return traffic
@@ -321,96 +361,22 @@ class ExpertParallelMoE(nn.Module):
         """What the experts of this rank's slots make of rows that lie rank by rank, and in each slot by slot."""
         n_ranks, n_slots = received.shape
         per_slot = received.sum(0)
-        slots = (
-            torch.arange(n_slots, device=received.device)
-            .repeat(n_ranks)
-            .repeat_interleave(received.flatten(), output_size=len(rows))
-        )
-        row = slots.to(rows.device).argsort(stable=True)
-        place = _inverse(row)
-        rows = _permuted(rows, row, place)
-        if _has_grouped_matmul(rows, self.ffn_size):
+        slot = torch.arange(n_slots, device=received.device).repeat(n_ranks)
+        slot = slot.repeat_interleave(received.flatten(), output_size=len(rows))  # of every row
+        row = slot.to(rows.device).argsort(stable=True)
+        place = inverse(row)
+        rows = permuted(rows, row, place)
+        if has_grouped_matmul(rows, self.ffn_size):
             offsets = per_slot.cumsum(0).to(rows.device, torch.int32)
-            served = _grouped(rows, offsets, self.experts.stacked("gate_up"), self.experts.stacked("down"))
+            served = grouped(rows, offsets, self.experts.stacked("gate_up"), self.experts.stacked("down"))
         else:
-            served = _one_by_one(rows, per_slot.tolist(), *self.expert_fields)
-        return _permuted(served.to(rows.dtype), place, row)
+            served = one_by_one(rows, per_slot.tolist(), *self.expert_fields)
+        return permuted(served.to(rows.dtype), place, row)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is another layer to compiled code."""
         super().__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
         self._handle = _handle_of(self)
-
-
-def _permuted(source: Tensor, index: Tensor, back: Tensor, times: int = 1) -> Tensor:
-    """``source[index // times]``, where ``index`` is a permutation and ``back`` its inverse."""
-    rows: Tensor = _Permuted.apply(source, index, back, times)  # type: ignore[no-untyped-call, unused-ignore]
-    return rows
-
-
-class _Permuted(torch.autograd.Function):
-    """The gradient of a row of ``source`` adds its ``times`` parts in their order, not in that of ``index``."""
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, index: Tensor, back: Tensor, times: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.times = times
-        return source.index_select(0, index // times if times > 1 else index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (back,) = ctx.saved_tensors
-        parts = grad.index_select(0, back)
-        return (parts.view(-1, ctx.times, grad.shape[1]).sum(1) if ctx.times > 1 else parts), None, None, None
-
-
-def _all_to_all(rows: Tensor, receive: list[int], send: list[int], ranks: Exchange) -> Tensor:
-    """Give ``send[r]`` rows to every rank ``r``, for ``receive[r]`` of its rows; gradients go back."""
-    if not isinstance(ranks, exchange.Distributed):
-        return rows
-    got: Tensor = _AllToAll.apply(rows, receive, send, ranks.group)  # type: ignore[no-untyped-call, unused-ignore]
-    return got
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.receive, ctx.send, ctx.group = receive, send, group
-        got = rows.new_empty(sum(receive), rows.shape[1])
-        dist.all_to_all_single(got, rows.contiguous(), receive, send, group=group)
-        return got
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _AllToAll.apply(grad, ctx.send, ctx.receive, ctx.group), None, None, None  # type: ignore[no-untyped-call, unused-ignore]
-
-
-def _one_by_one(rows: Tensor, per_slot: list[int], gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
-    """Every slot's expert on its rows, slot after slot; slots without rows too, so that their gradients are zeros."""
-    parts = zip(torch.split(rows, per_slot), gate_up, down, strict=True)
-    return torch.cat([_swiglu(part @ first) @ second for part, first, second in parts])
-
-
-def _grouped(rows: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same in two launches; ``offsets`` int32 ``[slots]`` is where the rows of each slot end."""
-    inner = _swiglu(functional.grouped_mm(rows, gate_up, offs=offsets))
-    return functional.grouped_mm(inner, down, offs=offsets)
-
-
-def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return functional.silu(gate) * up
-
-
-def _has_grouped_matmul(rows: Tensor, ffn_size: int) -> bool:
-    """Whether torch has it, for this device and dtype, and rows of matrices are whole 16 bytes, as it wants them."""
-    aligned = rows.shape[1] * rows.element_size() % 16 == 0 and ffn_size * rows.element_size() % 16 == 0
-    return rows.is_cuda and hasattr(functional, "grouped_mm") and rows.dtype != torch.float64 and aligned
-
-
-def _inverse(permutation: Tensor) -> Tensor:
-    order = torch.arange(len(permutation), device=permutation.device)
-    return torch.empty_like(permutation).scatter_(0, permutation, order)
 
 
 def _gradients(x: object) -> str:
@@ -448,6 +414,14 @@ def _check_balancer(balancer: Planner | None, ranks: Exchange, n_experts: int, d
         )
     if balancer.device != device:
         raise ValueError(f"balancer works on {str(balancer.device)!r}, allowed is the layer's device, {str(device)!r}")
+
+
+def _placement_of(balancer: Planner | None, n_experts: int, n_ranks: int) -> tuple[Placement, Tensor]:
+    """Where the experts are, and the slots of their originals."""
+    if balancer is None:
+        placement = Placement(range(n_experts), n_ranks)
+        return placement, placement.log2phy[:, 0].long()
+    return balancer.placement, balancer.home.long().cpu()
 
 
 def _members(ranks: Exchange) -> str:

@@ -4,9 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["SlotWeights"]
+from lplb.placement import Placement
+from lplb.weights import Move, Moved, WeightMover, moves_between
+
+__all__ = ["SlotWeights", "homes_kept", "moves_to_homes"]
 
 
 class SlotWeights(nn.Module):
@@ -58,6 +62,43 @@ class SlotWeights(nn.Module):
         """Return the field's tensor ``[slots, ...]``; its gradient goes to the leaves, without a copy."""
         stacked: Tensor = _Stacked.apply(self._rows[name], *self._leaves[name])  # type: ignore[no-untyped-call, unused-ignore]
         return stacked
+
+    def move_into(self, other: "SlotWeights", moves: Sequence[Move], group: dist.ProcessGroup | None) -> Moved:
+        """Move experts into other slots, and make parameters the other's where experts stay at home. Collective.
+
+        Args:
+            other: of the same fields, not initialised. A slot that no move goes to has the expert of the same slot
+                here.
+            moves: on every rank the same.
+            group: the ranks, ``None`` for one.
+
+        Returns:
+            What this rank sent and received.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `lplb.weights.WeightMover.move`; these slots are as before.
+        """
+        rank = 0 if group is None else dist.get_rank(group)
+        filled = {move.target_slot for move in moves if move.target_rank == rank}
+        rows, into = list(self._rows.values()), list(other._rows.values())
+        with torch.no_grad():
+            for slot in set(range(len(other.experts))) - filled:
+                for now, new in zip(rows, into, strict=True):
+                    new[slot].copy_(now[slot])
+        moved = WeightMover(rows, group).move(moves, into=into)
+        other._adopt(self)
+        return moved
+
+    def _adopt(self, before: "SlotWeights") -> None:
+        """Take over parameters, which take the values that are here; an optimizer keeps their state."""
+        for name, leaves in self._leaves.items():
+            old, new = before._parameters_of(name), self._parameters_of(name)
+            trained = before._leaves[name][0].requires_grad
+            for slot, leaf in enumerate(leaves):
+                leaf.requires_grad_(trained)
+                if self.is_home[slot] and self._key(slot) in old:
+                    leaves[slot] = new[self._key(slot)] = old[self._key(slot)]
+                    leaves[slot].data = self._rows[name][slot]
 
     @torch.no_grad()
     def fill(self, expert: int, weights: Mapping[str, Tensor]) -> None:
@@ -127,3 +168,41 @@ def _after_load(module: nn.Module, _: object) -> None:
     assert isinstance(module, SlotWeights)
     with torch.no_grad():
         module._make_rows(copy=True)
+
+
+def homes_kept(home: Tensor, before: Placement, after: Placement, default: Tensor) -> Tensor:
+    """Return the homes of experts in a new placement: on the rank of the old one where that still has the expert.
+
+    Args:
+        home: slots before, ``[n_logical]``.
+        before: the placement that they are of.
+        after: the new placement.
+        default: slots for experts whose home rank has them no more, ``[n_logical]``.
+
+    Returns:
+        int64 ``[n_logical]``.
+    """
+    rank = before.rank_of[home]
+    stays = (after.log2phy >= 0) & (after.rank_of[after.log2phy.long()] == rank[:, None])
+    kept = after.log2phy.gather(1, stays.int().argmax(1, keepdim=True)).flatten()
+    return torch.where(stays.any(1), kept, default).long()
+
+
+def moves_to_homes(before: Placement, home: Tensor, after: Placement, new_home: Tensor) -> list[Move]:
+    """Return the moves that lead to a new placement, so that homes come from homes, whatever copies hold.
+
+    Args:
+        before: where the experts are.
+        home: the slots of originals, ``[n_logical]``.
+        after: where they are to be, on as many ranks.
+        new_home: the slots of originals then.
+
+    Returns:
+        Moves in the order of targets; what keeps rank and slot is none.
+    """
+    moves = {move[3:5]: move for move in moves_between(before, after)}
+    for expert, (old, new) in enumerate(zip(home.tolist(), new_home.tolist(), strict=True)):
+        source, target = divmod(old, before.slots_per_rank), divmod(new, after.slots_per_rank)
+        if source != target:
+            moves[target] = Move(expert, *source, *target)
+    return [moves[target] for target in sorted(moves)]
