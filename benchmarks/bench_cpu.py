@@ -12,34 +12,29 @@ speed drifts does not favour either.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-import highspy  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from cases import cube, design_instances, eplb_like_placement, lplb_placement  # noqa: E402
 from reference import GroupLP, ReferenceLP, exact_bottleneck, exact_optimum, rank_groups  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from rows import Row, machine, print_table, write  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import lplb  # noqa: E402
-from lplb import _C, Placement, Planner  # noqa: E402
+from lplb import Placement, Planner  # noqa: E402
 
 N_LOADS = 1000
 N_PEER_LOADS = 200
@@ -47,25 +42,6 @@ HIGHS_EVERY = 10  # of the design instances
 ROUNDS = 5
 DRIFTS = (0.3, 0.6)  # of loads since EPLB placed by them, as log-normal sigmas
 IMPORT_PAIRS = 9
-
-
-@dataclass
-class Row:
-    """One line of the table; `peer` and `value` are in `unit` unless the name says otherwise."""
-
-    name: str
-    value: float
-    unit: str
-    bar: float | None = None
-    bar_is: str = ""  # "<=" or ">="
-    peer: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the bar is met; None without one."""
-        if self.bar is None:
-            return None
-        return self.value >= self.bar if self.bar_is == ">=" else self.value <= self.bar
 
 
 def seconds(action: Callable[[], Any], times: int = 1) -> float:
@@ -274,85 +250,6 @@ def bench_import() -> list[Row]:
     ]
 
 
-# What is printed and written
-
-
-def machine() -> dict[str, str]:
-    """The machine and the software, without names that belong to somebody."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "cpu": model,
-        "cores": str(os.cpu_count()),
-        "threads used": "1",
-        "instruction set": _C.instruction_set,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "highs": highspy.Highs().version(),
-        "lplb": lplb.__version__,
-        "load average at the start": ", ".join(f"{x:.1f}" for x in os.getloadavg()),
-    }
-
-
-def commit() -> str:
-    """The checkout's commit, "+" if it has changes, or "unknown"."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name + ("+" if changed.stdout.strip() else "")
-
-
-def shown(value: float, unit: str) -> str:
-    """A figure for the table."""
-    if unit in ("", "bytes"):
-        text = f"{value:.1e}" if value != int(value) else f"{int(value):,}"
-    else:
-        text = f"{value:.2f}" if value < 100 else f"{value:.0f}"
-    return f"{text} {unit}".strip()
-
-
-def print_table(rows: list[Row], where: dict[str, str]) -> None:
-    """One table, under the machine's name."""
-    console = Console(width=None if sys.stdout.isatty() else 130)
-    console.print(", ".join(f"{key} {value}" for key, value in where.items()))
-    console.print(
-        f"LP times: planner.solve of a batch of {N_LOADS} loads; EPLB placed by log-normal loads (sigma 1), which then "
-        f"drift by log-normal sigma {DRIFTS[0]} to {DRIFTS[1]}. HiGHS: {N_PEER_LOADS} of the same loads, model "
-        f"prebuilt, bounds updated, clearSolver(), run(); default options. Medians of {ROUNDS} rounds in turn."
-    )
-    table = Table(title="lplb on the CPU, one thread")
-    for heading, justify in (("what", "left"), ("value", "right"), ("bar", "right"), ("met", "left"), ("peer", "left")):
-        table.add_column(heading, justify=justify)
-    for row in rows:
-        bar = "" if row.bar is None else f"{'≥' if row.bar_is == '>=' else '≤'} {row.bar:g}"
-        met = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[row.met]
-        table.add_row(row.name, shown(row.value, row.unit), bar, met, row.peer)
-    console.print(table)
-
-
-def write(rows: list[Row], where: dict[str, str]) -> Path:
-    """Write the rows to benchmarks/results."""
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    path = ROOT / "benchmarks" / "results" / f"cpu-{date}.json"
-    path.parent.mkdir(exist_ok=True)
-    content = {
-        "date": date,
-        "commit": commit(),
-        "machine": where,
-        "rows": [{**asdict(row), "met": row.met} for row in rows],
-    }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
-
-
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -362,9 +259,14 @@ def main() -> int:
     torch.set_num_threads(1)
     where = machine()
     rows = [*bench_lp_times(), *bench_run(), *bench_import(), *bench_certificates()]
-    print_table(rows, where)
+    note = (
+        f"LP times: planner.solve of a batch of {N_LOADS} loads; EPLB placed by log-normal loads (sigma 1), which then "
+        f"drift by log-normal sigma {DRIFTS[0]} to {DRIFTS[1]}. HiGHS: {N_PEER_LOADS} of the same loads, model "
+        f"prebuilt, bounds updated, clearSolver(), run(); default options. Medians of {ROUNDS} rounds in turn."
+    )
+    print_table(rows, where, "lplb on the CPU, one thread", note)
     if arguments.write:
-        print(f"written to {write(rows, where).relative_to(ROOT)}")
+        print("written to", write(rows, where, "cpu").relative_to(ROOT))
     return int(arguments.strict and any(row.met is False for row in rows))
 
 

@@ -50,6 +50,14 @@ int64_t solve(Planner& p, Address loads, int64_t batch, const SourceTable& from,
                  at<lplb::IterationRow>(log), threads);
 }
 
+int64_t solve_traffic(Planner& p, Address loads, const SourceTable& from, int64_t fewest, double weight,
+                      std::array<Address, 7> out, Address log) {
+  const PlanArrays arrays = plan_at(out);
+  py::gil_scoped_release release;
+  return p.solve_traffic(at<const int64_t>(loads), sources_at(from), fewest, weight, arrays,
+                         at<lplb::IterationRow>(log));
+}
+
 void shares(const Planner& p, const SourceTable& from, int source, int split, Address quota, Address status,
             Address weights, Address starts) {
   p.shares(sources_at(from), source, static_cast<lplb::Split>(split), at<int32_t>(quota), at<int32_t>(status),
@@ -213,6 +221,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("max_group_size") = lplb::kMaxGroup;
   m.attr("max_iterations") = lplb::kMaxIterations;
   m.attr("gap_tolerance") = lplb::kGapTolerance;
+  m.attr("node_cost") = lplb::kNodeCost;
   m.attr("log_fields") = py::make_tuple("objective", "bound", "gap", "mu", "step_primal", "step_dual");
   m.attr("instruction_set") = lplb::cpu::best_instruction_set().name;
 #ifdef LPLB_HAVE_CUDA
@@ -244,6 +253,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("threads"))
       .def("solve", &solve, py::arg("loads"), py::arg("batch"), py::arg("table"), py::arg("fewest"), py::arg("solver"),
            py::arg("out"), py::arg("log"), py::arg("threads"))
+      .def("solve_traffic", &solve_traffic, py::arg("loads"), py::arg("table"), py::arg("fewest"), py::arg("weight"),
+           py::arg("out"), py::arg("log"))
       .def("shares", &shares, py::arg("table"), py::arg("source"), py::arg("split"), py::arg("quota"),
            py::arg("status"), py::arg("weights"), py::arg("starts"))
       .def("tokens_by_source", &tokens_by_source, py::arg("table"), py::arg("split"), py::arg("quota"),

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 max_group_size: int
 max_iterations: int
 gap_tolerance: float
+node_cost: float
+"""What a token costs that crosses ranks within a node, against one that crosses nodes."""
 log_fields: tuple[str, ...]
 instruction_set: str
 cuda: bool
@@ -69,6 +71,17 @@ class CpuPlanner:
         ``out``: quota int32 ``[batch, n_physical]``, rank_load int64 ``[batch, n_ranks]``, and ``[batch, n_groups]``
         each max_load int64, lower_bound float64, gap float64, iterations int32, status int32. ``log``: float64
         ``[n_groups, max_iterations + 1, len(log_fields)]`` for a batch of one.
+        """
+
+    def solve_traffic(self, loads: int, table: _Table, fewest: int, weight: float, out: Sequence[int], log: int) -> int:
+        """`solve` of one load, the table's sums, with a cost on traffic: in each group this minimises
+
+            max_load + weight * (tokens across nodes + node_cost * tokens across ranks of a node) / sum of speeds
+
+        where a replica takes its own rank's tokens first, then those of its node, of which replicas of one expert have
+        equal parts. Only replicas' tokens count; others have no choice. ``lower_bound`` and ``gap`` are of the whole
+        sum, and a group is solved when its gap is at most ``gap_tolerance``; so a weight below that buys nothing.
+        On one thread.
         """
 
     def shares(

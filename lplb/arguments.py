@@ -12,6 +12,7 @@ from lplb import _C
 INDEX_DTYPES = (torch.int32, torch.int64)
 MAX_GROUP_SIZE = _C.max_group_size
 """Most ranks that may balance among themselves; an NVLink domain of 72 fits in one group."""
+MOST_TRAFFIC_WEIGHT = 1000
 MOST_TOKENS = 2**31 - 1
 """Per expert, and per call: counts and quotas are int32."""
 
@@ -157,6 +158,21 @@ def checked_group_size(n_ranks: int, group_size: int | None) -> int:
     if n_ranks > MAX_GROUP_SIZE:
         raise ValueError(f"group_size is None, which stands for all {n_ranks} ranks, allowed are 1 to {MAX_GROUP_SIZE}")
     return n_ranks
+
+
+def checked_traffic_weight(traffic_weight: float, solver: str, alone: bool) -> float:
+    """Return what a token costs that crosses nodes; 0 unless the interior point plans for known sources."""
+    if isinstance(traffic_weight, bool) or not isinstance(traffic_weight, (int, float)):
+        raise TypeError(f"traffic_weight is {traffic_weight!r}, allowed is a number")
+    if not 0 <= traffic_weight <= MOST_TRAFFIC_WEIGHT:
+        raise ValueError(f"traffic_weight is {traffic_weight}, allowed are 0 to {MOST_TRAFFIC_WEIGHT}")
+    if traffic_weight > 0 and alone:
+        raise ValueError(
+            f"traffic_weight is {traffic_weight}, allowed without a group, where sources are unknown, is 0"
+        )
+    if traffic_weight > 0 and solver != "ipm":
+        raise ValueError(f"traffic_weight is {traffic_weight}, allowed with solver {solver!r} is 0: costs want 'ipm'")
+    return float(traffic_weight)
 
 
 def check_divides(name: str, value: int, by: str, divisor: int) -> None:

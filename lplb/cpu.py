@@ -24,6 +24,7 @@ class Backend:
         speed: how fast each rank is.
         solver: of the plans that `solve_gathered` makes.
         min_tokens: below it a group is not solved.
+        traffic_weight: what traffic costs in plans of gathered loads.
         ranks: how ranks learn each other's counts.
         fingerprint: of placement and settings, the same on every rank.
         device: the CPU.
@@ -39,6 +40,7 @@ class Backend:
         speed: list[float],
         solver: str,
         min_tokens: int,
+        traffic_weight: float,
         ranks: Exchange,
         fingerprint: tuple[int, int],
         device: torch.device,
@@ -51,6 +53,7 @@ class Backend:
         )
         self._rules = rules
         self._min_tokens = min_tokens
+        self._traffic_weight = traffic_weight
         self._solver = solver
         self._ranks = ranks
         self._alone = isinstance(ranks, exchange.Local)
@@ -142,16 +145,12 @@ class Backend:
     def solve_gathered(self, counter: torch.Tensor | None, log: torch.Tensor | None) -> None:
         """Plan the gathered loads into ``plan``, and raise the counter by the groups solved."""
         log_address = 0 if log is None else log.data_ptr()
-        solved = self._planner.solve(
-            self.loads.data_ptr(),
-            1,
-            self._sources(),
-            self._min_tokens,
-            SOLVERS[self._solver],
-            self._plan_addresses,
-            log_address,
-            1,
-        )
+        loads, out = self.loads.data_ptr(), self._plan_addresses
+        batch = self._sources(), self._min_tokens
+        if self._traffic_weight > 0:
+            solved = self._planner.solve_traffic(loads, *batch, self._traffic_weight, out, log_address)
+        else:
+            solved = self._planner.solve(loads, 1, *batch, SOLVERS[self._solver], out, log_address, 1)
         self._planned = True
         if counter is not None:
             _C.add(counter.data_ptr(), counter.element_size(), solved)

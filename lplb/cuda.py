@@ -80,6 +80,7 @@ class Backend:
         speed: how fast each rank is.
         solver: of the plans that `solve_gathered` makes.
         min_tokens: below it a group is not solved.
+        traffic_weight: 0; others are refused.
         ranks: how ranks learn each other's counts.
         fingerprint: of placement and settings, the same on every rank.
         device: a CUDA device that `devices.check_backend` does not refuse.
@@ -92,12 +93,17 @@ class Backend:
         speed: list[float],
         solver: str,
         min_tokens: int,
+        traffic_weight: float,
         ranks: Exchange,
         fingerprint: tuple[int, int],
         device: torch.device,
         before: "Backend | None",
     ) -> None:
         """See the class."""
+        if traffic_weight > 0:
+            raise ValueError(
+                f"traffic_weight is {traffic_weight}, allowed on CUDA is 0: the kernels have no costs yet; the CPU has"
+            )
         self._device = device
         self._n_logical = n_logical = max(rules.phy2log) + 1
         self._strict = _strict()

@@ -36,7 +36,7 @@ _NAMES = {
     RUN: "run",
     RUN_LAGGED: "run with lag=1",
     SOLVE_PROBS: "solve_probs",
-    AGREE: "making or changing a planner (constructor, update_redundancy_mapping or init_from_deep_ep)",
+    AGREE: "an agreement (constructors, update_redundancy_mapping, init_from_deep_ep, lplb.weights)",
     MESSAGE: "telling the other ranks what one refused",
 }
 
@@ -304,9 +304,9 @@ def error_word(error: Exception | None) -> int:
 
 OTHER_SETTINGS = (
     "another placement or other settings than rank 0, or called another method, or another planner of the group; "
-    "allowed is the same on every rank (r2o or placement and its order, expert counts, rank_speed, solver, nodes of a "
-    "DeepEP buffer), and, where several threads call planners of one group, one order of calls on every rank: give "
-    "each thread a process group of its own"
+    "allowed is the same on every rank (r2o or placement and its order, expert counts, rank_speed, solver, split, "
+    "ranks_per_node, min_tokens, traffic_weight), and, where several threads call planners of one group, one order of "
+    "calls on every rank: give each thread a process group of its own"
 )
 
 

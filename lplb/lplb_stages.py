@@ -62,6 +62,8 @@ class LplbStages:
     """``"ipm"`` or ``"flow"``."""
     min_tokens: int
     """A group with fewer tokens is not solved."""
+    traffic_weight: float
+    """What a token costs that crosses nodes."""
     verbose: bool
     """Whether every solve is printed."""
     _split: str | None
@@ -268,7 +270,7 @@ class LplbStages:
             ranks_per_node=0 if self._alone else self.ranks_per_node,
             split=self.split,
         )
-        settings = rules, speed, self.solver, self.min_tokens
+        settings = rules, speed, self.solver, self.min_tokens, self.traffic_weight
         fingerprint = exchange.fingerprint(*settings, self.device.type, devices.arithmetic(self.device), self._number)
         backend: Backend
         with torch.inference_mode(False):  # whatever mode the caller builds models in

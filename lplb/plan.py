@@ -83,9 +83,9 @@ class Plan:
     load / speed, rounded up."""
     lower_bound: torch.Tensor
     """No split of these loads has a smaller fractional maximum: float64 ``[..., n_group]``, tokens (per unit of
-    speed)."""
+    speed). With a ``traffic_weight``, no smaller sum of maximum and cost."""
     gap: torch.Tensor
-    """(fractional maximum before rounding - lower_bound) / lower_bound, float64 ``[..., n_group]``."""
+    """(fractional maximum, or sum, before rounding - lower_bound) / lower_bound, float64 ``[..., n_group]``."""
     iterations: torch.Tensor
     """Interior-point steps, or cuts of the flow solver, int32 ``[..., n_group]``."""
     status: torch.Tensor

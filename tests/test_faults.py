@@ -337,7 +337,7 @@ def mortal(rank, folder, leave, stay):
     os._exit(0)  # a group that lost a rank cannot be taken down in order
 
 
-MAKING = r"making or changing a planner \(constructor, update_redundancy_mapping or init_from_deep_ep\)"
+MAKING = r"an agreement \(constructors, update_redundancy_mapping, init_from_deep_ep, lplb.weights\)"
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL, which this system has not")

@@ -83,15 +83,20 @@ LPLB_HD inline double lower_bound(Team& team, const AnyGroup& g, const Workspace
   return (ranks[0] + experts[0]) / ranks[1];
 }
 
-// h_p = y_p/z_p, 1/σ_e, q_e = w_e/σ_e; and M is emptied.
+// h_i = y_i/z_i of the pairs; and M is emptied.
 template <class Team, class AnyGroup>
-LPLB_HD inline void scale(Team& team, const AnyGroup& g, const Workspace& x) {
+LPLB_HD inline void scale_pairs(Team& team, const AnyGroup& g, const Workspace& x) {
   team.each(n_pairs(g), [x](int i) {
     x.inv_z[i] = 1.0 / x.z[i];
     x.h[i] = x.y[i] * x.inv_z[i];
   });
   team.each(g.n_padded * g.n_padded, [x](int i) { x.m[i] = 0.0; });
   team.sync();
+}
+
+// 1/σ_e, q_e = w_e/σ_e.
+template <class Team, class AnyGroup>
+LPLB_HD inline void scale_experts(Team& team, const AnyGroup& g, const Workspace& x) {
   team.each(g.n_experts, [&](int e) {
     double sigma = 0.0;
     in_order<4>(
@@ -188,15 +193,19 @@ LPLB_HD inline double dy(const Workspace& x, int i) {
   return kCorrect ? step + x.extra[i] : step;
 }
 
-// Second-order terms of the complementarity products, centred on sigma_mu, in the place of inv_z; and the right-hand
-// side that carries them.
+// Second-order terms of the complementarity products, centred on sigma_mu, in the place of inv_z.
 template <class Team, class AnyGroup>
-LPLB_HD inline void correct(Team& team, const AnyGroup& g, const Workspace& x, double sigma_mu) {
+LPLB_HD inline void correct_pairs(Team& team, const AnyGroup& g, const Workspace& x, double sigma_mu) {
   team.each(n_pairs(g), [x, sigma_mu](int i) {
     const double extra = (sigma_mu - dy<false>(x, i) * x.dz[i]) * x.inv_z[i];
     x.extra[i] = x.h[i] > 0.0 ? extra : 0.0;
   });
   team.sync();
+}
+
+// The right-hand side that carries what `extra` adds to y and s.
+template <class Team, class AnyGroup>
+LPLB_HD inline void carry_extra(Team& team, const AnyGroup& g, const Workspace& x) {
   team.each(g.n_experts, [&](int e) {
     double sum = 0.0;
     in_order<4>(
@@ -291,7 +300,8 @@ LPLB_HD inline IpmOutcome interior_point(Team& team, Algebra algebra, const AnyG
     }
     if (out.iterations == kMaxIterations) break;
 
-    ipm::scale(team, g, x);
+    ipm::scale_pairs(team, g, x);
+    ipm::scale_experts(team, g, x);
     ipm::assemble(team, g, x);
     if (!algebra.template factor_and_solve<2>(team, g.n_padded, x.m, x.inv_d, x.rhs)) {
       out.status = Status::numerical;
@@ -304,7 +314,8 @@ LPLB_HD inline IpmOutcome interior_point(Team& team, Algebra algebra, const AnyG
     const double mu_affine = ipm::complementarity<false>(team, g, x, ipm::affine_steps(team, g, x)) * inv_n_on;
     const double ratio = mu_affine / mu;
 
-    ipm::correct(team, g, x, ratio * ratio * ratio * mu);
+    ipm::correct_pairs(team, g, x, ratio * ratio * ratio * mu);
+    ipm::carry_extra(team, g, x);
     algebra.solve(team, g.n_padded, x.m, x.inv_d, x.rhs + g.n_padded);
     const double t_new = ipm::rank_step(team, g, x, inv_v_x1);
     ipm::complete_step<true>(team, g, x);

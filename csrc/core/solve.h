@@ -104,6 +104,17 @@ LPLB_HD inline Result finish(Warp& warp, const AnyGroup& g, const Workspace& x, 
   return {whole.max_load, bound, gap, f.iterations, f.status};
 }
 
+// Quotas and rank loads, as the rounding left them, to where the plan wants them.
+template <class Team, class AnyGroup>
+LPLB_HD inline void write_plan(Team& team, const AnyGroup& g, const Workspace& x, const int64_t* loads,
+                               const GroupPlan& plan) {
+  team.each(g.n_replicas, [&](int p) { plan.quota[g.replica_slot[p]] = static_cast<int32_t>(x.quota[p]); });
+  team.each(g.n_singles,
+            [&](int i) { plan.quota[g.single_slot[i]] = static_cast<int32_t>(loads[g.single_logical[i]]); });
+  team.each(g.n_ranks, [&](int r) { plan.rank_load[g.first_rank + r] = x.rank_tokens[r]; });
+  team.sync();
+}
+
 }  // namespace detail
 
 // kWords: of the group's rank sets, see set_words(). matrix_is_free() is called by all members, between barriers, when
@@ -141,11 +152,7 @@ LPLB_HD inline void solve_group(Team& team, Algebra algebra, const AnyGroup& g, 
         skipped ? detail::rate_fixed(warp, g, x, sum.mean) : detail::finish<kWords>(warp, g, x, sum.mean, found);
     if (warp.rank() == 0) *plan.result = result;
   });
-  team.each(g.n_replicas, [&](int p) { plan.quota[g.replica_slot[p]] = static_cast<int32_t>(x.quota[p]); });
-  team.each(g.n_singles,
-            [&](int i) { plan.quota[g.single_slot[i]] = static_cast<int32_t>(loads[g.single_logical[i]]); });
-  team.each(g.n_ranks, [&](int r) { plan.rank_load[g.first_rank + r] = x.rank_tokens[r]; });
-  team.sync();
+  detail::write_plan(team, g, x, loads, plan);
 }
 
 }  // namespace LPLB_ISA

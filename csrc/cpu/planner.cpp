@@ -20,6 +20,26 @@ int thread_index() {
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// A group's rows of the log, if there is one.
+IterationRow* rows_of(IterationRow* log, int group) {
+  return log != nullptr ? log + group * (kMaxIterations + 1) : nullptr;
+}
+
+int64_t tokens_of(const Group& g, const int64_t* loads) {
+  int64_t tokens = 0;
+  for (int i = 0; i < g.n_singles; ++i) tokens += loads[g.single_logical[i]];
+  for (int e = 0; e < g.n_experts; ++e) tokens += loads[g.expert_logical[e]];
+  return tokens;
+}
+
+void store(const PlanArrays& out, int64_t i, const Result& r) {
+  out.max_load[i] = r.max_load;
+  out.lower_bound[i] = r.lower_bound;
+  out.gap[i] = r.gap;
+  out.iterations[i] = r.iterations;
+  out.status[i] = static_cast<int32_t>(r.status);
+}
+
 }  // namespace
 
 Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
@@ -38,12 +58,16 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
   std::vector<int32_t> next(log2phy_begin_.begin(), log2phy_begin_.end() - 1);
   for (int p = 0; p < n_physical_; ++p) log2phy_[next[phy2log[p]]++] = p;
 
-  size_t group_bytes = 0;
-  for (int g = 0; g < groups_.size(); ++g) group_bytes = std::max(group_bytes, solve_bytes(groups_[g]));
+  size_t group_bytes = 0, part_bytes = 0;
+  parts_.resize(groups_.size());
+  for (int g = 0; g < groups_.size(); ++g) {
+    group_bytes = std::max(group_bytes, solve_bytes(groups_[g]));
+    part_bytes = std::max(part_bytes, carve_parts(groups_[g], nullptr, parts_[g]));
+  }
   const size_t share_bytes = aligned((n_physical_ + 1) * sizeof(Share));
   const size_t counter_bytes = aligned((n_logical_ + 1) * sizeof(int32_t));
   const size_t per_thread = group_bytes + share_bytes + counter_bytes;
-  memory_size_ = per_thread * max_threads + 64;
+  memory_size_ = per_thread * max_threads + part_bytes + 64;
   memory_.reset(new std::byte[memory_size_]);  // not touched: threads that never run cost no memory
   std::byte* base = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
   workspaces_.resize(static_cast<size_t>(max_threads) * groups_.size());
@@ -52,6 +76,7 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
     shares_.push_back(reinterpret_cast<Share*>(base + group_bytes));
     counters_.push_back(reinterpret_cast<int32_t*>(base + group_bytes + share_bytes));
   }
+  for (int g = 0; g < groups_.size(); ++g) carve_parts(groups_[g], base, parts_[g]);
 }
 
 template <class Index>
@@ -87,13 +112,26 @@ int64_t Planner::solve(const int64_t* loads, int64_t batch, const Sources& from,
     const int g = static_cast<int>(job % n_groups);
     Result r;
     isa_.solve_group(groups_[g], workspaces_[thread_index() * n_groups + g], loads + b * n_logical_, few, solver,
-                     out.quota + b * n_physical_, out.rank_load + b * n_ranks_, &r,
-                     log != nullptr ? log + g * (kMaxIterations + 1) : nullptr);
-    out.max_load[job] = r.max_load;
-    out.lower_bound[job] = r.lower_bound;
-    out.gap[job] = r.gap;
-    out.iterations[job] = r.iterations;
-    out.status[job] = static_cast<int32_t>(r.status);
+                     out.quota + b * n_physical_, out.rank_load + b * n_ranks_, &r, rows_of(log, g));
+    store(out, job, r);
+    solved += r.status == Status::solved;
+  }
+  return solved;
+}
+
+int64_t Planner::solve_traffic(const int64_t* loads, const Sources& from, int64_t fewest, double weight,
+                               const PlanArrays& out, IterationRow* log) {
+  const Fewest few{fewest, from, n_physical_ / n_ranks_};
+  const Traffic traffic{from.first, from.stride, from.n_ranks, from.ranks_per_node, weight};
+  int64_t solved = 0;
+  for (int g = 0; g < groups_.size(); ++g) {
+    Result r;
+    if (tokens_of(groups_[g], loads) < fewest)
+      isa_.solve_group(groups_[g], workspaces_[g], loads, few, Solver::ipm, out.quota, out.rank_load, &r, nullptr);
+    else
+      isa_.solve_group_with_traffic(groups_[g], workspaces_[g], parts_[g], loads, traffic, out.quota, out.rank_load, &r,
+                                    rows_of(log, g));
+    store(out, g, r);
     solved += r.status == Status::solved;
   }
   return solved;

@@ -44,6 +44,10 @@ class Planner {
   int64_t solve(const int64_t* loads, int64_t batch, const Sources& from, int64_t fewest, Solver solver,
                 const PlanArrays& out, IterationRow* log, int threads);
 
+  // The same for one load on one thread, with a cost on traffic; see core/traffic.h.
+  int64_t solve_traffic(const int64_t* loads, const Sources& from, int64_t fewest, double weight, const PlanArrays& out,
+                        IterationRow* log);
+
   // The shares of rank `source` under a plan for the tokens of `from`.
   void shares(const Sources& from, int source, Split split, const int32_t* quota, const int32_t* status,
               Shares out) const;
@@ -73,6 +77,7 @@ class Planner {
   size_t memory_size_ = 0;
   std::unique_ptr<std::byte[]> memory_;
   std::vector<Workspace> workspaces_;  // [max_threads, n_groups]; groups of one thread share their memory
+  std::vector<Parts> parts_;           // [n_groups], all in the same memory
   std::vector<Share*> shares_;         // [max_threads] n_physical + 1 each
   std::vector<int32_t*> counters_;     // [max_threads] n_logical + 1 each
 };

@@ -1,7 +1,7 @@
 // Compiled once per instruction set: CMakeLists.txt sets LPLB_ISA and the flags.
-#include "../core/solve.h"
-
 #include "solve.h"
+
+#include "../core/solve_traffic.h"
 
 namespace lplb {
 inline namespace LPLB_ISA {
@@ -15,6 +15,16 @@ void solve_on_one_thread(const Group& g, const Workspace& x, const int64_t* load
     solve_group<1>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, loads, few, solver, plan, log, nothing);
   else
     solve_group<2>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, loads, few, solver, plan, log, nothing);
+}
+
+void solve_with_traffic(const Group& g, const Workspace& x, const Parts& f, const int64_t* loads,
+                        const Traffic& traffic, int32_t* quota, int64_t* rank_load, Result* result, IterationRow* log) {
+  Solo team;
+  const GroupPlan plan{quota, rank_load, result};
+  if (set_words(g.n_ranks) == 1)
+    solve_group_with_traffic<1>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, f, loads, traffic, plan, log);
+  else
+    solve_group_with_traffic<2>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, f, loads, traffic, plan, log);
 }
 
 }  // namespace LPLB_ISA

@@ -1,7 +1,7 @@
 // csrc/core's solve for one thread, compiled once per instruction set.
 #pragma once
 
-#include "../core/problem.h"
+#include "../core/traffic.h"
 
 namespace lplb::cpu {
 
@@ -9,10 +9,16 @@ namespace lplb::cpu {
 using SolveGroup = void (*)(const Group& g, const Workspace& x, const int64_t* loads, const Fewest& few, Solver solver,
                             int32_t* quota, int64_t* rank_load, Result* result, IterationRow* log);
 
+// The same with a cost on traffic; loads are the sums of its counts.
+using SolveGroupWithTraffic = void (*)(const Group& g, const Workspace& x, const Parts& f, const int64_t* loads,
+                                       const Traffic& traffic, int32_t* quota, int64_t* rank_load, Result* result,
+                                       IterationRow* log);
+
 // The best this processor can run, and its name.
 struct InstructionSet {
   const char* name;
   SolveGroup solve_group;
+  SolveGroupWithTraffic solve_group_with_traffic;
 };
 InstructionSet best_instruction_set();
 

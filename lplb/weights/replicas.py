@@ -180,7 +180,7 @@ class ReplicaSync:
         sent = torch.tensor(list(row), dtype=torch.int32, device="cpu")
         table = torch.zeros(self._ranks.size, len(sent), dtype=torch.int32, device="cpu")
         with self._link.device_made_current():
-            self._ranks.gather(sent, table)
+            exchange.gather(self._ranks, exchange.AGREE, sent, table)
         return table
 
     # ---- weights
@@ -358,6 +358,6 @@ def _checked_home(placement: Placement, home: torch.Tensor | Sequence[int] | Non
 def _agreed_tag(ranks: exchange.Distributed) -> int:
     """A tag that no other hooks between these ranks have. Collective."""
     table = torch.zeros(ranks.size, 1, dtype=torch.int32, device="cpu")
-    ranks.gather(torch.tensor([_last_tag[0] + 1], dtype=torch.int32, device="cpu"), table)
+    exchange.gather(ranks, exchange.AGREE, torch.tensor([_last_tag[0] + 1], dtype=torch.int32, device="cpu"), table)
     _last_tag[0] = int(table.max())
     return _last_tag[0]
