@@ -24,7 +24,10 @@ WORDS = 4
 """Columns behind the counts of a row: error word, which method was called, and a fingerprint in two."""
 
 RUN, SOLVE_PROBS, RUN_LAGGED = METHODS = 0, 1, 2
-"""Collective methods by number, so that ranks that call different ones find out."""
+"""Collective methods of a planner by number, so that ranks that call different ones find out."""
+
+LAYER = 3
+"""The exchange of split sizes in `lplb.nn`."""
 
 AGREE, MESSAGE = -1, -2
 """What is sent besides: settings, and what a rank that refused its input has to say."""
@@ -40,7 +43,8 @@ _NAMES = {
 _LEAST_COLUMNS = 64
 """Rows of a process group are this wide at least, so that a message needs few of them."""
 
-_KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
+KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
+"""What a rank can refuse with, by number; error word 0 is none, 1 the first."""
 _MESSAGE_BYTES = 1024
 
 T = TypeVar("T")
@@ -295,7 +299,7 @@ def error_word(error: Exception | None) -> int:
     """0 for none; otherwise 1 + the kind of error."""
     if error is None:
         return 0
-    return 1 + next((i for i, kind in enumerate(_KINDS) if isinstance(error, kind)), len(_KINDS) - 1)
+    return 1 + next((i for i, kind in enumerate(KINDS) if isinstance(error, kind)), len(KINDS) - 1)
 
 
 OTHER_SETTINGS = (
@@ -307,7 +311,11 @@ OTHER_SETTINGS = (
 
 
 def raise_together(
-    exchange: Exchange, words: Sequence[Sequence[int]], error: Exception | None, has: str = OTHER_SETTINGS
+    exchange: Exchange,
+    words: Sequence[Sequence[int]],
+    error: Exception | None,
+    has: str = OTHER_SETTINGS,
+    settings: str | None = None,
 ) -> None:
     """Raise on every rank if any rank has an error or another fingerprint. Collective in that case only.
 
@@ -318,27 +326,31 @@ def raise_together(
         words: for every rank its `WORDS` last columns: all ranks see the same.
         error: this rank's own error, which it raises as it is.
         has: what a rank with another fingerprint has.
+        settings: instead of ``has``, what this rank has: what the fingerprint is of, in words; the error then quotes
+            two ranks that differ. On every rank or on none.
 
     Raises:
         ValueError, TypeError, RuntimeError: as the first rank in trouble; its message names that rank.
     """
     failed = [rank for rank, row in enumerate(words) if row[0] != 0]
     if failed:
-        message = _message_of(exchange, failed[0], error)
+        message = _message_of(exchange, failed[0], "" if error is None else str(error))
         if error is not None:
             raise error
-        kind = _KINDS[words[failed[0]][0] - 1]
+        kind = KINDS[words[failed[0]][0] - 1]
         raise kind(f"rank {failed[0]} refused its input, so no rank goes on: {message}")
     odd = next((rank for rank, row in enumerate(words) if tuple(row[1:]) != tuple(words[0][1:])), None)
+    if odd is not None and settings is not None:
+        seen, first = (_message_of(exchange, rank, settings) for rank in (odd, 0))
+        raise ValueError(f"rank {odd} has {seen}, allowed is the same on every rank, and rank 0 has {first}")
     if odd is not None:
         raise ValueError(f"rank {odd} has {has}")
 
 
-def _message_of(exchange: Exchange, rank: int, error: Exception | None) -> str:
-    """What the rank in trouble has to say, on every rank."""
+def _message_of(exchange: Exchange, rank: int, text: str) -> str:
+    """What one rank has to say, on every rank."""
     if isinstance(exchange, (Local, Known)):  # nobody else to tell
-        return str(error)
-    text = "" if error is None else str(error)
+        return text
     row = torch.frombuffer(bytearray(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.int32)
     table = torch.zeros(exchange.size, len(row), dtype=torch.int32, device="cpu")
     width = exchange.line.columns if isinstance(exchange, Distributed) else len(row)
@@ -351,9 +363,16 @@ def _message_of(exchange: Exchange, rank: int, error: Exception | None) -> str:
 
 
 def together(
-    exchange: Exchange, action: Callable[[], T], print_of: Callable[[T], tuple[int, int]], has: str = OTHER_SETTINGS
+    exchange: Exchange,
+    action: Callable[[], T],
+    print_of: Callable[[T], tuple[int, int]],
+    has: str = OTHER_SETTINGS,
+    settings: str | None = None,
 ) -> T:
-    """Run ``action`` on every rank; if it fails on one, or its fingerprint differs, all ranks raise. Collective."""
+    """Run ``action`` on every rank; if it fails on one, or its fingerprint differs, all ranks raise. Collective.
+
+    ``has`` and ``settings`` as for `raise_together`.
+    """
     if isinstance(exchange, Local):
         return action()
     error: Exception | None = None
@@ -367,5 +386,5 @@ def together(
     row = torch.tensor([error_word(error), AGREE, *words], dtype=torch.int32, device="cpu")
     with turn(exchange):
         gather(exchange, AGREE, row, table)
-        raise_together(exchange, table.tolist(), error, has)
+        raise_together(exchange, table.tolist(), error, has, settings)
     return result

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 import torch.distributed as dist
@@ -461,8 +461,25 @@ class Planner(LplbStages):
             raise RuntimeError("run_idle is called in a compiled function, allowed is outside of torch.compile")
         self.run(torch.empty(0, dtype=torch.int64, device=self.device), avail_counter, lag=lag)
 
+    def refuse(self, error: Exception) -> NoReturn:
+        """Take part in a `run` of the other ranks and raise an error on all of them; collective under a group.
+
+        For code around the planner that finds its own arguments wrong: were it to raise before `run`, the other ranks
+        would wait. On CUDA they raise at a later call, see the class.
+
+        Args:
+            error: what this rank raises; the others raise its message, as ValueError, TypeError or RuntimeError.
+        """
+        self._run(error, None, None, 0, False)
+        raise error
+
     def _run(
-        self, idx: torch.Tensor, avail_counter: torch.Tensor | None, n_sms: int | None, lag: int, return_plan: bool
+        self,
+        idx: torch.Tensor | Exception,
+        avail_counter: torch.Tensor | None,
+        n_sms: int | None,
+        lag: int,
+        return_plan: bool,
     ) -> tuple[torch.Tensor, Plan | None]:
         with self._turn():
             backend, method = self._backend, exchange.RUN
@@ -470,6 +487,8 @@ class Planner(LplbStages):
             error = late = self._late_error()
             try:
                 method = exchange.RUN_LAGGED if whole_number("lag", lag, 0, 1) else exchange.RUN
+                if isinstance(idx, Exception):
+                    raise idx
                 check_indices(idx, self.device)
                 check_counter(avail_counter, self.device)
                 if n_sms is not None:
