@@ -138,8 +138,8 @@ class ExpertParallelMoE(nn.Module):
             self.reset_parameters()
 
         settings = (
-            f"hidden_size {hidden_size}, ffn_size {ffn_size}, n_experts {n_experts}, top_k {top_k}, dtype "
-            f"{dtype or torch.get_default_dtype()}, {'no balancer' if balancer is None else 'a balancer'}, lag {lag}"
+            f"hidden_size {hidden_size}, ffn_size {ffn_size}, n_experts {n_experts}, top_k {top_k}, lag {lag}, dtype "
+            f"{dtype or torch.get_default_dtype()}, {'no balancer' if balancer is None else 'a balancer'}"
         )
         exchange.together(
             self._ranks, build, lambda _: exchange.fingerprint(settings, self.home.tolist()), settings=settings
