@@ -3,7 +3,7 @@
 #   LPLB_MATHDX    0 forbids, 1 demands; empty: in if found, with nvcc of CUDA 12.6.3 or newer
 #   MATHDX_HOME    NVIDIA's tarball as download-mathdx.sh unpacks it; else the wheel nvidia-libmathdx-cu<major> beside
 #                  the building interpreter
-#   LPLB_CUBLASDX  ON: cuBLASDx's product as well (from the wheel; 4 to 25 seconds for each size and generation)
+#   LPLB_CUBLASDX  ON: cuBLASDx's product as well (from the wheel; 4 to 25 seconds for each size)
 #
 # Both ways end in LTO-IR of the same device functions; nvlink makes machine code of it together with the kernels that
 # call them. The functions are described in mathdx_lto.py. Nothing of MathDx is needed at run time.
@@ -148,6 +148,8 @@ foreach(target IN LISTS targets)
   list(APPEND generations "${generation}")
 endforeach()
 list(REMOVE_DUPLICATES generations)
+list(SORT generations COMPARE NATURAL)
+list(GET generations 0 oldest)  # whose functions serve all: nvlink makes the same bytes of those for 80 and for 90
 foreach(generation IN LISTS generations)
   list(APPEND lto_code -gencode "arch=compute_${generation},code=lto_${generation}")
 endforeach()
@@ -211,20 +213,16 @@ else()
     string(REPLACE ":" ";" team "${team}")
     list(GET team 0 n)
     list(GET team 1 threads)
-    foreach(generation IN LISTS generations)
-      list(TRANSFORM functions REPLACE "(.+)" "${folder}/\\1_${n}.${generation}.ltoir" OUTPUT_VARIABLE files)
-      list(TRANSFORM functions REPLACE "(.+)" "\\1=${folder}/\\1_${n}.${generation}.ltoir" OUTPUT_VARIABLE pairs)
-      add_custom_command(OUTPUT ${files} COMMAND ${write} functions ${n} ${threads} ${generation} ${pairs}
-                         DEPENDS ${needs} COMMENT "MathDx for ${n} ranks, sm_${generation}" VERBATIM)
-    endforeach()
+    list(TRANSFORM functions REPLACE "(.+)" "${folder}/\\1_${n}.ltoir" OUTPUT_VARIABLE files)
+    list(TRANSFORM functions REPLACE "(.+)" "\\1=${folder}/\\1_${n}.ltoir" OUTPUT_VARIABLE pairs)
+    add_custom_command(OUTPUT ${files} COMMAND ${write} functions ${n} ${threads} ${oldest} ${pairs}
+                       DEPENDS ${needs} COMMENT "MathDx for ${n} ranks" VERBATIM)
     foreach(function IN LISTS functions)
       set(name "${folder}/${function}_${n}")
-      list(TRANSFORM generations REPLACE "(.+)" "--image3=kind=nvvm,sm=\\1,file=${name}.\\1.ltoir"
-           OUTPUT_VARIABLE images)
-      list(TRANSFORM generations REPLACE "(.+)" "${name}.\\1.ltoir" OUTPUT_VARIABLE parts)
       add_custom_command(OUTPUT "${name}.fatbin"
-                         COMMAND "${LPLB_CUDA_TOP}/bin/fatbinary" -64 "--create=${name}.fatbin" ${images}
-                         DEPENDS ${parts} COMMENT "fatbinary ${function}_${n}" VERBATIM)
+                         COMMAND "${LPLB_CUDA_TOP}/bin/fatbinary" -64 "--create=${name}.fatbin"
+                                 "--image3=kind=nvvm,sm=${oldest},file=${name}.ltoir"
+                         DEPENDS "${name}.ltoir" COMMENT "fatbinary ${function}_${n}" VERBATIM)
       list(APPEND linked "${name}.fatbin")
     endforeach()
   endforeach()

@@ -78,8 +78,8 @@ class CpuPlanner:
 
             max_load + weight * (tokens across nodes + node_cost * tokens across ranks of a node) / sum of speeds
 
-        where a replica takes its own rank's tokens first, then those of its node, of which replicas of one expert have
-        equal parts. Only replicas' tokens count; others have no choice. ``lower_bound`` and ``gap`` are of the whole
+        where a replica takes its own rank's tokens first, then those of its node, then the rest, which is the least
+        traffic that the quotas allow. Only replicas' tokens count; others have no choice. ``lower_bound`` and ``gap`` are of the whole
         sum, and a group is solved when its gap is at most ``gap_tolerance``; so a weight below that buys nothing.
         On one thread.
         """

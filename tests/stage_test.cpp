@@ -231,11 +231,12 @@ Blocks<Index> on_blocks(const Batch& b, Solver solver, int size, Wrong wrong) {
     for (int g = 0; g < a.n_groups; ++g) {
       // the teams and algebras of solve.cu
       if (b.group_size <= 16) {
-        if (block.warp_index() == 0) cuda::solve_block<1>(block.warp(), BuiltinAlgebra<16>{}, a, g, aligned);
+        if (block.warp_index() == 0)
+          cuda::solve_block<1>(block.warp(), BuiltinAlgebra<16>{}, solver, a, g, aligned, [] {});
       } else if (b.group_size <= 64)
-        cuda::solve_block<1>(block, BuiltinAlgebra<64>{}, a, g, aligned);
+        cuda::solve_block<1>(block, BuiltinAlgebra<64>{}, solver, a, g, aligned, [] {});
       else
-        cuda::solve_block<2>(block, BuiltinAlgebra<kMaxGroup>{}, a, g, aligned);
+        cuda::solve_block<2>(block, BuiltinAlgebra<kMaxGroup>{}, solver, a, g, aligned, [] {});
       block.sync();
     }
     const ShareRule rule{from, b.source, b.split, b.group_size, r.quota.data(), r.status.data()};

@@ -150,6 +150,26 @@ Problem random_problem(Random& random, int group_size, LoadKind kind) {
   return p;
 }
 
+// Expert e on ranks n-2-e and n-1-e, one more on rank 0 alone: the first fill leaves rank 0 with twice its share and
+// rank n-1 with nothing, and all tokens have to move by one rank, along a path of more steps than a warp has members.
+Problem chain() {
+  constexpr int kRanks = 100, kTokens = 1000;
+  Problem p;
+  p.name = "a chain of 100 ranks";
+  p.n_ranks = p.group_size = kRanks;
+  p.n_logical = kRanks + 1;
+  for (int r = 0; r < kRanks; ++r) {
+    p.phy2log.push_back(r == 0 ? kRanks - 1 : kRanks - 1 - r);
+    p.phy2log.push_back(r == kRanks - 1 ? kRanks : kRanks - 2 - r);
+  }
+  p.loads.assign(p.n_logical, kTokens);
+  p.loads[kRanks] = 0;
+  p.speed.assign(kRanks, 1.0);
+  p.groups = std::make_unique<GroupTables>(p.phy2log, p.n_logical, p.n_ranks, p.group_size, p.speed,
+                                           BuiltinAlgebra<kMaxGroup>::width(p.group_size));
+  return p;
+}
+
 // Solving
 
 struct Solution {
@@ -282,6 +302,8 @@ void compare_solutions(int size, double scale) {
     problems.push_back(random_problem(random, group_size, kind));
     work += problems.back().n_ranks * members;
   }
+
+  if (size == kJustAWarp) problems.push_back(chain());
 
   std::vector<Solution> alone, together;
   size_t bytes = 0;

@@ -53,7 +53,7 @@ struct Flow {
         bool gives;
         Set ranks;
       };
-      in_order<4>(
+      in_order<4, true>(
           g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return Held{y[g.rank_replica[i]] > slack, held_with(i)}; },
           [&](int, Held held) {
             if (held.gives) s = s | held.ranks;
@@ -77,62 +77,133 @@ struct Flow {
     if (warp.rank() == 0) s.write(reach + kWords * r);
   }
 
-  // The replica with most tokens on rank `from` whose expert has a replica on rank `to`.
-  LPLB_HD int carrier(int from, int to) {
-    const int i = first_of_largest(warp, g.rank_begin[from], g.rank_begin[from + 1], [&](int k) {
-      const Num tokens = y[g.rank_replica[k]];
-      return tokens > slack && held_with(k).has(to) ? order(tokens) : 0;
-    });
-    return g.rank_replica[i];
+  struct Carrier {
+    int replica;
+    Num tokens;
+  };
+
+  // The replica with most tokens on rank `from`, the first of equals, whose expert has a replica on rank `to`. By one
+  // member.
+  LPLB_HD Carrier carrier(int from, int to) const {
+    struct Held {
+      int replica;
+      Num tokens;
+      bool there;
+    };
+    Carrier found{0, slack};
+    in_order<8, true>(
+        g.rank_begin[from], g.rank_begin[from + 1],
+        [&](int i) {
+          const int p = g.rank_replica[i];
+          return Held{p, y[p], held_with(i).has(to)};
+        },
+        [&](int, Held held) {
+          if (held.there && held.tokens > found.tokens) found = {held.replica, held.tokens};
+        });
+    return found;
   }
 
-  LPLB_HD int replica_on(int e, int r) {
-    return first_where(warp, g.expert_begin[e], g.expert_begin[e + 1], [&](int p) { return g.replica_rank[p] == r; });
+  LPLB_HD void set_load(int r, Num tokens) {
+    if (warp.rank() == 0) load[r] = tokens;
+    if (!(tokens > limit[r] + slack)) over.drop(r);
+    if (!(tokens < limit[r] - slack)) under.drop(r);
   }
 
+  // A step of a path moves tokens between replicas of one expert. Members take steps; a replica may take tokens in one
+  // and give them in the next.
+  //
   // Moves what it can along path[length] … path[0], from a rank above its limit to one below.
-  LPLB_HD void push(int length) {
-    const int source = path[length], target = path[0];
-    Num amount = load[source] - limit[source];
-    if (limit[target] - load[target] < amount) amount = limit[target] - load[target];
-    for (int i = length; i > 0; --i) {  // replicas of one expert, per step
-      const int from = carrier(path[i], path[i - 1]);
-      const int to = replica_on(g.replica_expert[from], path[i - 1]);
-      if (y[from] < amount) amount = y[from];
-      if (warp.rank() == 0) giver[i] = from, taker[i] = to;
+  LPLB_HD void push(int source, int target, int length) {
+    const Num excess = load[source], room = load[target];  // so far
+    Num amount = excess - limit[source];
+    if (limit[target] - room < amount) amount = limit[target] - room;
+    if (!Warp::kSolo && length <= warp.size())
+      amount = push_at_once(length, amount);
+    else
+      amount = push_in_turn(length, amount);
+    set_load(source, excess - amount);
+    set_load(target, room + amount);
+    warp.sync();
+  }
+
+  // A step for each member. Returns how much was moved, at most `amount`.
+  LPLB_HD Num push_at_once(int length, Num amount) {
+    const int i = length - warp.rank();
+    const bool takes_part = i > 0;
+    int to_rank = 0, to = 0;
+    Carrier from{0, amount};
+    Set ranks = Set::none();
+    if (takes_part) {
+      to_rank = path[i - 1];
+      from = carrier(path[i], to_rank);
+      const int e = g.replica_expert[from.replica];
+      ranks = Set::read(g.expert_ranks + kWords * e);
+      to = g.expert_begin[e] + ranks.count_below(to_rank);
+    }
+    amount = warp.get(least_of_first(warp, length, from.tokens < amount ? from.tokens : amount), 0);
+    warp.sync();  // everybody has found a carrier
+    if (takes_part) {
+      y[to] += amount;
+      (reach_of(to_rank) | ranks).write(reach + kWords * to_rank);
     }
     warp.sync();
-    if (warp.rank() == 0) {
-      for (int i = length; i > 0; --i) {
-        y[giver[i]] -= amount;
-        y[taker[i]] += amount;
-        uint64_t* more = reach + kWords * path[i - 1];
-        (Set::read(more) | Set::read(g.expert_ranks + kWords * g.replica_expert[giver[i]])).write(more);
-      }
-      load[source] -= amount;
-      load[target] += amount;
+    bool emptied = false;
+    if (takes_part) {
+      const Num left = y[from.replica] - amount;
+      y[from.replica] = left;
+      emptied = !(left > slack);
     }
     warp.sync();
-    for (int i = length; i > 0; --i)
-      if (!(y[giver[i]] > slack)) refresh_reach(path[i]);
+    for (uint32_t left = warp.ballot(emptied); left != 0; left &= left - 1)
+      refresh_reach(path[length - lowest_bit(left)]);
+    return amount;
+  }
+
+  // The same for one thread, and for a path of more steps than a warp has members.
+  LPLB_HD Num push_in_turn(int length, Num amount) {
+    LPLB_LOOP
+    for (int i = length - warp.rank(); i > 0; i -= warp.size()) {
+      const Carrier from = carrier(path[i], path[i - 1]);
+      const int e = g.replica_expert[from.replica];
+      giver[i] = from.replica;
+      taker[i] = g.expert_begin[e] + Set::read(g.expert_ranks + kWords * e).count_below(path[i - 1]);
+      if (from.tokens < amount) amount = from.tokens;
+    }
+    amount = warp.get(least_of_first(warp, length, amount), 0);
+    warp.sync();  // everybody has found its carriers
+    LPLB_LOOP
+    for (int i = length - warp.rank(); i > 0; i -= warp.size()) {
+      y[taker[i]] += amount;
+      const Set ranks = Set::read(g.expert_ranks + kWords * g.replica_expert[giver[i]]);
+      (reach_of(path[i - 1]) | ranks).write(reach + kWords * path[i - 1]);
+    }
     warp.sync();
-    if (!is_over(source)) over.drop(source);
-    if (!is_under(target)) under.drop(target);
+    LPLB_LOOP
+    for (int i = length - warp.rank(); i > 0; i -= warp.size()) y[giver[i]] -= amount;
+    warp.sync();
+    LPLB_LOOP
+    for (int first = length; first > 0; first -= warp.size()) {
+      const int i = first - warp.rank();
+      uint32_t emptied = warp.ballot(i > 0 && !(y[giver[i]] > slack));
+      for (; emptied != 0; emptied &= emptied - 1) refresh_reach(path[first - lowest_bit(emptied)]);
+    }
+    return amount;
   }
 
   // Finds a way down from `source` in level[depth] to level[0] = under and pushes along it. Ranks that lead nowhere
   // leave their level. False when `source` is one of them.
   LPLB_HD bool descend(int source, int depth) {
     int at = source, k = depth;
+    if (warp.rank() == 0) path[k] = at;
     while (k > 0) {
       const Set next = reach_of(at) & Set::read(level + kWords * (k - 1));
-      warp.sync();  // everybody has read what one member writes now
-      if (warp.rank() == 0) path[k] = at;
       if (!next.empty()) {
         at = next.lowest();
         --k;
+        if (warp.rank() == 0) path[k] = at;
         continue;
       }
+      warp.sync();  // everybody has read this level, and one member has written the path
       if (warp.rank() == 0) {
         Set left = Set::read(level + kWords * k);
         left.drop(at);
@@ -142,12 +213,25 @@ struct Flow {
       if (k == depth) return false;
       at = path[++k];
     }
-    if (warp.rank() == 0) path[0] = at;
     warp.sync();
-    push(depth);
+    push(source, at, depth);
     if (warp.rank() == 0) under.write(level);
     warp.sync();
     return true;
+  }
+
+  // The ranks of `rest` that can send tokens into `to`. own: of a warp's member the reach of every kWarpSize-th rank.
+  static constexpr int kOwn = Warp::kSolo ? 1 : 64 * kWords / kWarpSize;
+  LPLB_HD Set senders(const Set* own, Set rest, Set to) {
+    if constexpr (Warp::kSolo) {
+      return ranks_within(warp, rest, g.n_ranks, [&](int r) { return !(reach_of(r) & to).empty(); });
+    } else {
+      Set s = Set::none();
+      LPLB_UNROLL
+      for (int k = 0; k < kOwn; ++k)
+        s.word[k / 2] |= uint64_t{warp.ballot(!(own[k] & to).empty())} << (k % 2 * kWarpSize);
+      return s & rest;
+    }
   }
 
   // Dinic's algorithm on rank sets: while ranks above their limit can reach ranks below theirs, it moves tokens along
@@ -159,13 +243,20 @@ struct Flow {
       Set reached = under,
           rest = Set::first(g.n_ranks).without(under);  // level[k]: k steps from a rank below its limit
       if (warp.rank() == 0) reached.write(level);
+      Set own[kOwn];
+      LPLB_UNROLL
+      for (int k = 0; k < kOwn; ++k) {
+        const int r = kWarpSize * k + warp.rank();
+        own[k] = !Warp::kSolo && r < g.n_ranks ? reach_of(r) : Set::none();
+      }
       int depth = 0;
       for (;;) {
-        const Set next = ranks_within(warp, rest, g.n_ranks, [&](int r) { return !(reach_of(r) & reached).empty(); });
+        const Set next = senders(own, rest, reached);
         if (next.empty()) break;
         ++depth;
         if (warp.rank() == 0) next.write(level + kWords * depth);
         rest = rest.without(next);
+        if ((over & rest).empty()) break;  // deeper levels would start no path
         reached = next;
       }
       if (over.without(rest).empty()) {
@@ -197,16 +288,44 @@ inline constexpr double kSlack = 1e-12;  // of a mean rank load, which is 1
 template <class AnyGroup>
 LPLB_HD inline void fill(const AnyGroup& g, int e, double tokens, const double* limit, double* y, double* load) {
   const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
-  LPLB_LOOP
-  for (int p = begin; p < end; ++p) {
-    const int r = g.replica_rank[p];
-    const double room = limit[r] > load[r] ? limit[r] - load[r] : 0.0;
-    y[p] = room < tokens ? room : tokens;
-    load[r] += y[p];
-    tokens -= y[p];
-  }
+  struct Place {
+    int r;
+    double load, room;
+  };
+  in_order<4, true>(
+      begin, end,
+      [&](int p) {
+        const int r = g.replica_rank[p];  // no other copy's
+        return Place{r, load[r], limit[r] > load[r] ? limit[r] - load[r] : 0.0};
+      },
+      [&](int p, Place at) {
+        const double taken = at.room < tokens ? at.room : tokens;
+        y[p] = taken;
+        load[at.r] = at.load + taken;
+        tokens -= taken;
+      });
+  if (!(tokens > 0.0)) return;
   y[begin] += tokens;
   load[g.replica_rank[begin]] += tokens;
+}
+
+// All experts, in their order, or a wave at a time, which comes to the same.
+template <class Warp, class AnyGroup>
+LPLB_HD inline void fill_all(Warp& warp, const AnyGroup& g, const double* w, const double* limit, double* y,
+                             double* load) {
+  if constexpr (Warp::kSolo) {
+    for (int e = 0; e < g.n_experts; ++e) fill(g, e, w[e], limit, y, load);
+  } else {
+    LPLB_LOOP
+    for (int wave = 0; wave < g.n_waves; ++wave) {
+      const int begin = g.wave_begin[wave];
+      warp.each(g.wave_begin[wave + 1] - begin, [&](int i) {
+        const int e = g.wave_expert[begin + i];
+        fill(g, e, w[e], limit, y, load);
+      });
+      warp.sync();
+    }
+  }
 }
 
 // What only the ranks in `set` can take, in whole tokens. single_tokens: a_r in whole tokens.
@@ -237,9 +356,7 @@ LPLB_HD inline FlowOutcome bottleneck_flow(Warp& warp, const AnyGroup& g, const 
     f.limit[r] = t * g.speed[r];
   });
   warp.sync();
-  if (warp.rank() == 0)
-    for (int e = 0; e < g.n_experts; ++e) flow::fill(g, e, x.w[e], f.limit, f.y, f.load);
-  warp.sync();
+  flow::fill_all(warp, g, x.w, f.limit, f.y, f.load);
   f.find_reach();
 
   FlowOutcome out{0.0, 0.0, 0};

@@ -33,26 +33,13 @@ LPLB_HD inline int n_pairs(const AnyGroup& g) {
   return g.n_replicas + g.n_ranks;
 }
 
-// y: the even split; t a little above its maximum; u = 1/Σv; z_p = u_r. Returns t.
+// t a little above the maximum of the split in y; u = u0. Returns t.
 template <class Team, class AnyGroup>
-LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x) {
+LPLB_HD inline double start_ranks(Team& team, const AnyGroup& g, const Workspace& x, double u0) {
   double *s = x.y + g.n_replicas, *u = x.z + g.n_replicas;
-  const double u0 = 1.0 / team.few_sums(g.n_ranks, [&](int r) { return g.speed[r]; })[0];
-  team.each(g.n_experts, [&](int e) {
-    const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
-    const bool on = x.w[e] > 0.0;
-    const double even = x.w[e] / (end - begin);
-    LPLB_LOOP
-    for (int p = begin; p < end; ++p) {
-      x.y[p] = even;
-      x.z[p] = on ? u0 : 1.0;
-      x.dz[p] = 0.0;
-    }
-  });
-  team.sync();
   team.each(g.n_ranks, [&](int r) {
     double load = x.a[r];
-    in_order<4>(
+    in_order<4, true>(
         g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return x.y[g.rank_replica[i]]; },
         [&](int, double y) { load += y; });
     s[r] = load;
@@ -67,6 +54,25 @@ LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x) {
   return t;
 }
 
+// y: the even split; u = 1/Σv; z_p = u_r. Returns t.
+template <class Team, class AnyGroup>
+LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x) {
+  const double u0 = 1.0 / team.few_sums(g.n_ranks, [&](int r) { return g.speed[r]; })[0];
+  team.each(g.n_experts, [&](int e) {
+    const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
+    const bool on = x.w[e] > 0.0;
+    const double even = x.w[e] / (end - begin);
+    LPLB_LOOP
+    for (int p = begin; p < end; ++p) {
+      x.y[p] = even;
+      x.z[p] = on ? u0 : 1.0;
+      x.dz[p] = 0.0;
+    }
+  });
+  team.sync();
+  return start_ranks(team, g, x, u0);
+}
+
 // Σ u_r a_r + Σ w_e min_{p of e} u_{r(p)}, for u scaled to Σ v_r u_r = 1: a true lower bound whatever u ≥ 0 is.
 template <class Team, class AnyGroup>
 LPLB_HD inline double lower_bound(Team& team, const AnyGroup& g, const Workspace& x) {
@@ -75,7 +81,7 @@ LPLB_HD inline double lower_bound(Team& team, const AnyGroup& g, const Workspace
       team.few_sums(g.n_ranks, [&](int r) { return u[r] * x.a[r]; }, [&](int r) { return g.speed[r] * u[r]; });
   const auto experts = team.sums(g.n_experts, [&](int e) {
     double least = u[g.replica_rank[g.expert_begin[e]]];
-    in_order<4>(
+    in_order<4, true>(
         g.expert_begin[e] + 1, g.expert_begin[e + 1], [&](int p) { return u[g.replica_rank[p]]; },
         [&](int, double up) { least = up < least ? up : least; });
     return x.w[e] * least;
@@ -83,10 +89,10 @@ LPLB_HD inline double lower_bound(Team& team, const AnyGroup& g, const Workspace
   return (ranks[0] + experts[0]) / ranks[1];
 }
 
-// h_i = y_i/z_i of the pairs; and M is emptied.
+// h_i = y_i/z_i of the first n pairs; and M is emptied.
 template <class Team, class AnyGroup>
-LPLB_HD inline void scale_pairs(Team& team, const AnyGroup& g, const Workspace& x) {
-  team.each(n_pairs(g), [x](int i) {
+LPLB_HD inline void scale_pairs(Team& team, const AnyGroup& g, int n, const Workspace& x) {
+  team.each(n, [x](int i) {
     x.inv_z[i] = 1.0 / x.z[i];
     x.h[i] = x.y[i] * x.inv_z[i];
   });
@@ -161,27 +167,29 @@ LPLB_HD inline double rank_step(Team& team, const AnyGroup& g, const Workspace& 
   return t;
 }
 
-// dz of the replicas that belongs to du. With kCorrect it carries the second-order terms.
+// dz of the replicas that belongs to du. With kCorrect it carries the second-order terms. q is free, and holds dm_e.
 template <bool kCorrect, class Team, class AnyGroup>
 LPLB_HD inline void complete_step(Team& team, const AnyGroup& g, const Workspace& x) {
   const double* du = x.dz + g.n_replicas;
   team.each(g.n_experts, [&](int e) {
-    const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
     double target = -x.w[e];
     struct Term {
       double product, extra;
     };
-    in_order<4>(
-        begin, end, [&](int p) { return Term{x.h[p] * du[g.replica_rank[p]], kCorrect ? x.extra[p] : 0.0}; },
+    in_order<4, true>(
+        g.expert_begin[e], g.expert_begin[e + 1],
+        [&](int p) { return Term{x.h[p] * du[g.replica_rank[p]], kCorrect ? x.extra[p] : 0.0}; },
         [&](int, Term term) {
           target -= term.product;
           if (kCorrect) target += term.extra;
         });
-    const double dm = target * x.inv_sigma[e];
-    const bool on = x.w[e] > 0.0;
-    in_order<4>(
-        begin, end, [&](int p) { return du[g.replica_rank[p]]; },
-        [&](int p, double du_r) { x.dz[p] = on ? du_r + dm : 0.0; });
+    x.q[e] = target * x.inv_sigma[e];
+  });
+  team.sync();
+  team.each(g.n_replicas, [&](int p) {
+    const int e = g.replica_expert[p];
+    const double step = du[g.replica_rank[p]] + x.q[e];
+    x.dz[p] = x.w[e] > 0.0 ? step : 0.0;
   });
   team.sync();
 }
@@ -194,9 +202,9 @@ LPLB_HD inline double dy(const Workspace& x, int i) {
 }
 
 // Second-order terms of the complementarity products, centred on sigma_mu, in the place of inv_z.
-template <class Team, class AnyGroup>
-LPLB_HD inline void correct_pairs(Team& team, const AnyGroup& g, const Workspace& x, double sigma_mu) {
-  team.each(n_pairs(g), [x, sigma_mu](int i) {
+template <class Team>
+LPLB_HD inline void correct_pairs(Team& team, int n, const Workspace& x, double sigma_mu) {
+  team.each(n, [x, sigma_mu](int i) {
     const double extra = (sigma_mu - dy<false>(x, i) * x.dz[i]) * x.inv_z[i];
     x.extra[i] = x.h[i] > 0.0 ? extra : 0.0;
   });
@@ -220,7 +228,7 @@ LPLB_HD inline void carry_extra(Team& team, const AnyGroup& g, const Workspace& 
       return;
     }
     double b = x.b[r] + x.extra[g.n_replicas + r];
-    in_order<4>(
+    in_order<4, true>(
         g.rank_begin[r], g.rank_begin[r + 1],
         [&](int i) {
           const int p = g.rank_replica[i];
@@ -243,31 +251,31 @@ LPLB_HD inline Steps within(double share, Values<2> fastest) {
 
 // The longest steps that keep y, s and z, u non-negative. Without extra, -dy/y is 1 + dz/z. What stays at y = 0 gives
 // 1, which shortens no affine step, and NaN, which is passed over.
-template <class Team, class AnyGroup>
-LPLB_HD inline Steps affine_steps(Team& team, const AnyGroup& g, const Workspace& x) {
-  return within(1.0, team.maxima(
-                         n_pairs(g), [x](int i) { return 1.0 + x.dz[i] * x.inv_z[i]; },
-                         [x](int i) { return -x.dz[i] * x.inv_z[i]; }));
+template <class Team>
+LPLB_HD inline Steps affine_steps(Team& team, int n, const Workspace& x) {
+  return within(
+      1.0,
+      team.maxima(n, [x](int i) { return 1.0 + x.dz[i] * x.inv_z[i]; }, [x](int i) { return -x.dz[i] * x.inv_z[i]; }));
 }
 
-template <class Team, class AnyGroup>
-LPLB_HD inline Steps corrected_steps(Team& team, const AnyGroup& g, const Workspace& x) {
+template <class Team>
+LPLB_HD inline Steps corrected_steps(Team& team, int n, const Workspace& x) {
   return within(kStepToBoundary, team.maxima(
-                                     n_pairs(g), [x](int i) { return -dy<true>(x, i) * (1.0 / x.y[i]); },
+                                     n, [x](int i) { return -dy<true>(x, i) * (1.0 / x.y[i]); },
                                      [x](int i) { return -x.dz[i] * (1.0 / x.z[i]); }));
 }
 
 // Σ y_p z_p + Σ s_r u_r after the given steps.
-template <bool kCorrect, class Team, class AnyGroup>
-LPLB_HD inline double complementarity(Team& team, const AnyGroup& g, const Workspace& x, Steps a) {
-  return team.sums(n_pairs(g),
+template <bool kCorrect, class Team>
+LPLB_HD inline double complementarity(Team& team, int n, const Workspace& x, Steps a) {
+  return team.sums(n,
                    [x, a](int i) { return (x.y[i] + a.primal * dy<kCorrect>(x, i)) * (x.z[i] + a.dual * x.dz[i]); })[0];
 }
 
-template <class Team, class AnyGroup>
-LPLB_HD inline void advance(Team& team, const AnyGroup& g, const Workspace& x, Steps a) {
+template <class Team>
+LPLB_HD inline void advance(Team& team, int n, const Workspace& x, Steps a) {
   team.sync();  // everybody has read the old point
-  team.each(n_pairs(g), [x, a](int i) {
+  team.each(n, [x, a](int i) {
     x.y[i] += a.primal * dy<true>(x, i);
     x.z[i] += a.dual * x.dz[i];
   });
@@ -280,9 +288,10 @@ LPLB_HD inline void advance(Team& team, const AnyGroup& g, const Workspace& x, S
 template <class Team, class Algebra, class AnyGroup>
 LPLB_HD inline IpmOutcome interior_point(Team& team, Algebra algebra, const AnyGroup& g, const Workspace& x,
                                          IterationRow* log) {
+  const int n_pairs = ipm::n_pairs(g);
   double t = ipm::start(team, g, x);
-  const auto at_start = team.sums(
-      ipm::n_pairs(g), [x](int i) { return x.y[i] > 0.0 ? 1.0 : 0.0; }, [x](int i) { return x.y[i] * x.z[i]; });
+  const auto at_start =
+      team.sums(n_pairs, [x](int i) { return x.y[i] > 0.0 ? 1.0 : 0.0; }, [x](int i) { return x.y[i] * x.z[i]; });
   const double inv_n_on = 1.0 / at_start[0];
   double mu = at_start[1] * inv_n_on;
   IpmOutcome out{0.0, 0.0, 0, Status::iteration_limit};
@@ -300,7 +309,7 @@ LPLB_HD inline IpmOutcome interior_point(Team& team, Algebra algebra, const AnyG
     }
     if (out.iterations == kMaxIterations) break;
 
-    ipm::scale_pairs(team, g, x);
+    ipm::scale_pairs(team, g, n_pairs, x);
     ipm::scale_experts(team, g, x);
     ipm::assemble(team, g, x);
     if (!algebra.template factor_and_solve<2>(team, g.n_padded, x.m, x.inv_d, x.rhs)) {
@@ -311,21 +320,22 @@ LPLB_HD inline IpmOutcome interior_point(Team& team, Algebra algebra, const AnyG
 
     ipm::rank_step(team, g, x, inv_v_x1);
     ipm::complete_step<false>(team, g, x);
-    const double mu_affine = ipm::complementarity<false>(team, g, x, ipm::affine_steps(team, g, x)) * inv_n_on;
+    const double mu_affine =
+        ipm::complementarity<false>(team, n_pairs, x, ipm::affine_steps(team, n_pairs, x)) * inv_n_on;
     const double ratio = mu_affine / mu;
 
-    ipm::correct_pairs(team, g, x, ratio * ratio * ratio * mu);
+    ipm::correct_pairs(team, n_pairs, x, ratio * ratio * ratio * mu);
     ipm::carry_extra(team, g, x);
     algebra.solve(team, g.n_padded, x.m, x.inv_d, x.rhs + g.n_padded);
     const double t_new = ipm::rank_step(team, g, x, inv_v_x1);
     ipm::complete_step<true>(team, g, x);
-    const ipm::Steps a = ipm::corrected_steps(team, g, x);
-    const double mu_new = ipm::complementarity<true>(team, g, x, a) * inv_n_on;
+    const ipm::Steps a = ipm::corrected_steps(team, n_pairs, x);
+    const double mu_new = ipm::complementarity<true>(team, n_pairs, x, a) * inv_n_on;
     if (!(mu_new > 0.0 && mu_new < 1e300)) {  // not a number, or nothing left to improve: keep what is there
       out.status = Status::numerical;
       break;
     }
-    ipm::advance(team, g, x, a);
+    ipm::advance(team, n_pairs, x, a);
     t += a.primal * (t_new - t);
     mu = mu_new;
     if (log != nullptr && team.rank() == 0) {

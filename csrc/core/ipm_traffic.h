@@ -1,22 +1,33 @@
-// The interior point of ipm.h with a cost on traffic: tokens that a replica gets from beyond its own rank.
+// The interior point of ipm.h with a cost on traffic: on tokens from beyond what a replica's rank and node hold.
 //
-//     minimise t + Σ c_i x_i   over the parts i of the replicas:   y_p = Σ_{i of p} x_i,   0 ≤ x_i ≤ b_i,
-//                              and in all else as in ipm.h
+//     y_p = own_p + rest_p                     of each replica:   own_p ≤ tokens of e on p's rank,     rest_p costs κλ
+//     Σ_{p of e on k} y_p = near_k + far_k     of each node k of an expert e:
+//                                                          near_k ≤ tokens of e on k's ranks,   far_k costs (1-κ)λ
+//     minimise t + κλ Σ rest_p + (1-κ)λ Σ far_k, all parts ≥ 0, and in all else as in ipm.h
 //
-// A replica p of e on rank r has three parts:   own    b = tokens of e on r                       c = 0
-//                                               node   b = tokens of e on the node's other ranks  c = κ·λ
-//                                               far    without bound                              c = λ
+// This is the least traffic that the y allow: far_k tokens cross nodes, and of the others near_k - Σ own_p cross ranks.
 //
-//     duals        z_i ≥ 0 of x_i ≥ 0,   w_i ≥ 0 of the room k_i = b_i - x_i ≥ 0,   u_{r(p)} + m_e + c_i = z_i - w_i
+//     duals    π_k free;   own, near: z_i ≥ 0, and w_i ≥ 0 of the room k_i = b_i - x_i ≥ 0;   rest, far: z_i ≥ 0
+//              own: u_r + m_e + π_k = z - w     rest: u_r + m_e + π_k + κλ = z     near: -π_k = z - w     far: (1-κ)λ -
+//              π_k = z
 //
-// Far parts, and ranks with their slack, are the pairs (y, z) of ipm.h. A bounded part is two pairs, (x, z) and (k, w).
-// With D = du_r + dm_e, E and F the second-order terms of x·z and k·w, and N = z·k + w·x, its Newton step is
+// Rest and far parts, and ranks with their slack, are pairs (y, z) like those of ipm.h. A bounded part is two pairs,
+// (x, z) and (k, w). With D the step of the left side above, E and F the second-order terms of x·z and k·w, and
+// N = z·k + w·x, its Newton step is
 //
 //     dx = (x·k·(w - z - D) + k·E - x·F)/N,   dz = (z·k·D - z·w·b + w·E + z·F)/N,   dw = dz - D
 //
-// so that y_p + dy_p = T_p - h_p·D with h_p = Σ x·k/N (+ y/z, far) and T_p = Σ (x·w·b + k·E - x·F)/N (+ E/z, far). M is
-// made of h_p and the right-hand sides of T_p just as ipm.h makes them of y_p/z_p and `extra`: its functions are used.
-// Parts with b = 0 stay at x = k = 0, z = w = 1 and take no steps, as do the replicas of experts without tokens.
+// so that for a replica y + dy = T_p - h_p·(du_r + dm_e + dπ_k), with own h = x·k/N, T = (x·w·b + k·E - x·F)/N and rest
+// h = y/z, T = E/z added up; and likewise near + far = G_k + H_k·dπ_k. Their equality, with S_k = Σ h_p, eliminates
+// nodes:
+//
+//     dπ_k = (Σ T_p - G_k - Σ h_p (du_r + dm_e)) / (S_k + H_k)
+//
+// What then stands for y/z and `extra` in the formulas of ipm.h is h_p·H_k/(S_k + H_k) and
+// T_p - h_p (Σ T_p - G_k)/(S_k + H_k); and -h_p·h_q/(S_k + H_k) is added to M where p and q share a node, a Laplacian
+// as well.
+//
+// Parts with b = 0 stay at x = k = 0, z = w = 1 and take no steps; nor do those of experts without tokens.
 #pragma once
 
 #include "ipm.h"
@@ -32,249 +43,361 @@ struct TrafficOutcome {
 
 namespace traffic {
 
-inline constexpr double kStartPrice = 0.9;  // -m_e at the start, in λ: far parts start dear, own parts cheap
+inline constexpr double kStartPrice = 0.9;  // of what a token pays at the start, in its cost: bounded parts start cheap
 
-// The tokens of expert `logical` on a node's ranks.
-LPLB_HD inline int64_t node_tokens(const Traffic& t, int node, int logical) {
-  const int first = node * t.ranks_per_node;
-  int last = first + t.ranks_per_node;
-  last = last < t.n_ranks ? last : t.n_ranks;
+// f(node, end) for every node of expert e: its replicas are node … end - 1, as slots ascend and with them ranks.
+template <class AnyGroup, class F>
+LPLB_HD inline void each_node(const AnyGroup& g, const TrafficSpace& f, int e, F use) {
+  LPLB_LOOP
+  for (int node = g.expert_begin[e]; node < g.expert_begin[e + 1]; node = f.node_end[node]) use(node, f.node_end[node]);
+}
+
+// The tokens of an expert on the ranks of node k.
+LPLB_HD inline int64_t node_tokens(const Traffic& t, int k, int logical) {
+  const int begin = k * t.ranks_per_node;
+  const int end = begin + t.ranks_per_node < t.n_ranks ? begin + t.ranks_per_node : t.n_ranks;
   int64_t tokens = 0;
   in_order<4>(
-      first, last, [&](int r) { return t.counts[r * t.stride + logical]; }, [&](int, int32_t n) { tokens += n; });
+      begin, end, [&](int r) { return t.counts[r * t.stride + logical]; }, [&](int, int32_t n) { tokens += n; });
   return tokens;
 }
 
-// b_i, scaled. Replicas of one expert on one node share what they leave of the node's tokens: each gets an equal part.
-// That can only overstate traffic, since what one of them does not use another could.
+// Nodes, and scaled bounds.
 template <class Team, class AnyGroup>
-LPLB_HD inline void find_bounds(Team& team, const AnyGroup& g, const Parts& f, const Traffic& t, double inv_mean) {
-  double *own = f.bound, *node = f.bound + g.n_replicas;
+LPLB_HD inline void find_bounds(Team& team, const AnyGroup& g, const TrafficSpace& f, const Traffic& t,
+                                double inv_mean) {
   team.each(g.n_experts, [&](int e) {
-    const int logical = g.expert_logical[e], end = g.expert_begin[e + 1];
-    for (int p = g.expert_begin[e], next; p < end; p = next) {  // a node's replicas follow each other
-      const int here = (g.first_rank + g.replica_rank[p]) / t.ranks_per_node;
-      int64_t left = node_tokens(t, here, logical);
-      for (next = p; next < end; ++next) {
-        const int rank = g.first_rank + g.replica_rank[next];
-        if (rank / t.ranks_per_node != here) break;
-        const int64_t tokens = t.counts[rank * t.stride + logical];
-        own[next] = static_cast<double>(tokens) * inv_mean;
-        left -= tokens;
+    const int logical = g.expert_logical[e];
+    int node = 0, k = -1;
+    LPLB_LOOP
+    for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) {
+      const int rank = g.first_rank + g.replica_rank[p];
+      f.bound[p] = static_cast<double>(t.counts[rank * t.stride + logical]) * inv_mean;
+      f.bound[g.n_replicas + p] = 0.0;
+      if (rank / t.ranks_per_node != k) {
+        node = p;
+        k = rank / t.ranks_per_node;
+        f.bound[g.n_replicas + p] = static_cast<double>(node_tokens(t, k, logical)) * inv_mean;
       }
-      const double each = static_cast<double>(left) / (next - p) * inv_mean;
-      for (int q = p; q < next; ++q) node[q] = each;
+      f.node_begin[p] = node;
+      f.node_end[node] = p + 1;
     }
   });
   team.sync();
 }
 
-// What replaces h and extra in the pairs of far parts and ranks.
-LPLB_HD inline Workspace far_pairs(const Workspace& x, const Parts& f) {
+// The pairs, with what is theirs in h and extra.
+LPLB_HD inline Workspace pairs_of(const Workspace& x, const TrafficSpace& f) {
   Workspace pairs = x;
-  pairs.h = f.pair_h;
-  pairs.extra = pairs.inv_z = f.pair_extra;
+  pairs.y = f.y;
+  pairs.z = f.pair_z;
+  pairs.dz = f.pair_dz;
+  pairs.h = f.h;
+  pairs.extra = pairs.inv_z = f.extra;
   return pairs;
 }
 
-LPLB_HD inline void start_part(const Parts& f, int i, double x, double reduced_cost, double u0) {
+LPLB_HD inline void start_bounded(const TrafficSpace& f, int i, double part, double reduced_cost, double u0) {
   const bool on = f.bound[i] > 0.0;
-  f.x[i] = x;
-  f.k[i] = f.bound[i] - x;
+  f.x[i] = on ? part : 0.0;
+  f.k[i] = f.bound[i] - f.x[i];
   f.z[i] = on ? u0 + (reduced_cost > 0.0 ? reduced_cost : 0.0) : 1.0;
   f.w[i] = on ? u0 - (reduced_cost < 0.0 ? reduced_cost : 0.0) : 1.0;
 }
 
-// The start of ipm.h, the even split dealt to the parts: at most a third to each bounded one, and half of its bound.
+LPLB_HD inline double smaller(double a, double b) { return a < b ? a : b; }
+
+// An expert's tokens by the speeds of its ranks, which speeds of any spread start well from, and half of them to the
+// bounded parts where those have twice the room. u = 1/Σv; π_k and m_e such that reduced costs are u and the cost of a
+// part, less kStartPrice of what its unbounded one costs. Returns t.
 template <class Team, class AnyGroup>
-LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x, const Parts& f, double lambda) {
-  const double t = ipm::start(team, g, x);
-  const double u0 = x.z[g.n_replicas], cost = u0 - kStartPrice * lambda;  // of an own part: u_r + m_e
-  const int n = g.n_replicas;
-  team.each(n, [=](int p) {
-    const double even = x.y[p], third = even / 3.0;
-    const double own = 0.5 * f.bound[p] < third ? 0.5 * f.bound[p] : third;
-    const double node = 0.5 * f.bound[n + p] < third ? 0.5 * f.bound[n + p] : third;
-    start_part(f, p, own, cost, u0);
-    start_part(f, n + p, node, cost + kNodeCost * lambda, u0);
-    x.y[p] = even - own - node;
-    x.z[p] = even > 0.0 ? cost + lambda : 1.0;
+LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x, const TrafficSpace& f, double lambda) {
+  const double u0 = 1.0 / team.few_sums(g.n_ranks, [&](int r) { return g.speed[r]; })[0];
+  const double rest_cost = kNodeCost * lambda, far_cost = (1.0 - kNodeCost) * lambda;
+  const int n = g.n_replicas, first_node = n + g.n_ranks;
+  team.each(g.n_experts, [&](int e) {
+    const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
+    double speed = 0.0;
+    in_order<4>(begin, end, [&](int p) { return g.speed[g.replica_rank[p]]; }, [&](int, double v) { speed += v; });
+    const double share = x.w[e] / speed;
+    in_order<4>(
+        begin, end, [&](int p) { return g.speed[g.replica_rank[p]]; },
+        [&](int p, double v) {
+          f.y[p] = share * v;
+          f.pair_z[p] = share > 0.0 ? u0 + (1.0 - kStartPrice) * rest_cost : 1.0;
+          f.pair_dz[p] = 0.0;
+          f.y[first_node + p] = f.pair_dz[first_node + p] = 0.0;
+          f.pair_z[first_node + p] = 1.0;
+          start_bounded(f, n + p, 0.0, 0.0, u0);
+        });
+    each_node(g, f, e, [&](int node, int node_end) {
+      double tokens = 0.0;
+      in_order<4>(node, node_end, [&](int p) { return f.y[p]; }, [&](int, double y) { tokens += y; });
+      const double near = 0.5 * smaller(f.bound[n + node], tokens);
+      start_bounded(f, n + node, near, u0 - kStartPrice * far_cost, u0);
+      f.y[first_node + node] = tokens - near;
+      if (tokens > 0.0) f.pair_z[first_node + node] = u0 + (1.0 - kStartPrice) * far_cost;
+    });
+  });
+  team.sync();
+  const double t = ipm::start_ranks(team, g, x, u0);
+  team.each(n, [&](int p) {
+    const double own = 0.5 * smaller(f.bound[p], f.y[p]);
+    start_bounded(f, p, own, u0 - kStartPrice * rest_cost, u0);
+    f.y[p] -= own;
   });
   team.sync();
   return t;
 }
 
-// The least Σ (u_r + c_i) x_i with Σ x_i = w_e and x_i ≤ b_i over the parts of expert e: it fills the cheapest first,
-// up to some price π, and is max over π of π·w_e - Σ b_i·max(0, π - u_r - c_i), as π falls from what far parts cost.
+// The least Σ u_r y_p + cost over all y of expert e. On a node all tokens but own ones take the rank with the least u,
+// so at prices π from there a node holds own tokens where u_r is below that, near ones up to its bound, and far ones
+// without end. Filling up the cheapest first reaches some price: this is max over π of π·w_e - Σ b·max(0, π - price of
+// b), as π falls from what far tokens cost.
 template <class AnyGroup>
-LPLB_HD inline double least_cost(const AnyGroup& g, const Workspace& x, const Parts& f, int e, double lambda) {
-  const double* u = x.z + g.n_replicas;
-  const int begin = g.expert_begin[e], end = g.expert_begin[e + 1];
-  double price = u[g.replica_rank[begin]];
-  in_order<4>(
-      begin + 1, end, [&](int p) { return u[g.replica_rank[p]]; },
-      [&](int, double up) { price = up < price ? up : price; });
-  price += lambda;
+LPLB_HD inline double least_cost(const AnyGroup& g, const Workspace& x, const TrafficSpace& f, int e, double lambda) {
+  const double* u = f.pair_z + g.n_replicas;
+  const auto least_u = [&](int begin, int end) {
+    double least = u[g.replica_rank[begin]];
+    in_order<4>(
+        begin + 1, end, [&](int p) { return u[g.replica_rank[p]]; },
+        [&](int, double up) { least = smaller(up, least); });
+    return least;
+  };
+  double price = least_u(g.expert_begin[e], g.expert_begin[e + 1]) + lambda;
   for (;;) {
-    double held = 0.0, saved = 0.0, next = 0.0;  // by parts below the price
+    double held = 0.0, saved = 0.0, next = 0.0;  // by what is below the price; the largest price below it
     const auto add = [&](double cost, double bound) {
       if (!(cost < price)) return;
       held += bound;
       saved += bound * (price - cost);
       next = cost > next ? cost : next;
     };
-    LPLB_LOOP
-    for (int p = begin; p < end; ++p) {
-      const double up = u[g.replica_rank[p]];
-      add(up, f.bound[p]);
-      add(up + kNodeCost * lambda, f.bound[g.n_replicas + p]);
-    }
+    each_node(g, f, e, [&](int node, int end) {
+      const double near_cost = least_u(node, end) + kNodeCost * lambda;
+      double near = f.bound[g.n_replicas + node];
+      in_order<4>(
+          node, end, [&](int p) { return u[g.replica_rank[p]]; },
+          [&](int p, double up) {
+            if (!(up < near_cost)) return;
+            add(up, f.bound[p]);
+            near -= f.bound[p];
+          });
+      add(near_cost, near > 0.0 ? near : 0.0);
+    });
     if (!(held > x.w[e])) return price * x.w[e] - saved;
     price = next;
   }
 }
 
 // Σ u_r a_r + Σ_e least_cost(e), for u scaled to Σ v_r u_r = 1: a lower bound whatever u ≥ 0 is, because any feasible t
-// and x have t + Σ c_i x_i ≥ Σ u_r (a_r + Σ_{i on r} x_i) + Σ c_i x_i = Σ u_r a_r + Σ (u_r + c_i) x_i.
+// and y have t + cost ≥ Σ u_r (a_r + Σ_{p on r} y_p) + cost = Σ u_r a_r + Σ_e (Σ u_r y_p + cost of e).
 template <class Team, class AnyGroup>
-LPLB_HD inline double lower_bound(Team& team, const AnyGroup& g, const Workspace& x, const Parts& f, double lambda) {
-  const double* u = x.z + g.n_replicas;
+LPLB_HD inline double lower_bound(Team& team, const AnyGroup& g, const Workspace& x, const TrafficSpace& f,
+                                  double lambda) {
+  const double* u = f.pair_z + g.n_replicas;
   const auto ranks =
       team.few_sums(g.n_ranks, [&](int r) { return u[r] * x.a[r]; }, [&](int r) { return g.speed[r] * u[r]; });
   const auto experts = team.sums(g.n_experts, [&](int e) { return least_cost(g, x, f, e, lambda * ranks[1]); });
   return (ranks[0] + experts[0]) / ranks[1];
 }
 
-// 1/N of the parts, and h of the pairs; then h_p = Σ x·k/N + y/z of the replicas, and T_p of the affine step.
+// 1/N; h of pairs and replicas; 1/(S + H); and h of replicas with their nodes eliminated, into x.
 template <class Team, class AnyGroup>
-LPLB_HD inline void scale(Team& team, const AnyGroup& g, const Workspace& x, const Workspace& pairs, const Parts& f) {
-  const int n = g.n_replicas;
+LPLB_HD inline void scale(Team& team, const AnyGroup& g, const Workspace& x, const Workspace& pairs,
+                          const TrafficSpace& f) {
+  const int n = g.n_replicas, first_node = n + g.n_ranks;
   team.each(2 * n, [f](int i) {
     const double inv = 1.0 / (f.z[i] * f.k[i] + f.w[i] * f.x[i]);
     f.inv_n[i] = f.bound[i] > 0.0 ? inv : 0.0;
   });
-  ipm::scale_pairs(team, g, pairs);
-  team.each(n, [=](int p) {
-    const int q = n + p;
-    x.h[p] = f.pair_h[p] + f.x[p] * f.k[p] * f.inv_n[p] + f.x[q] * f.k[q] * f.inv_n[q];
-    x.extra[p] = f.x[p] * f.w[p] * f.bound[p] * f.inv_n[p] + f.x[q] * f.w[q] * f.bound[q] * f.inv_n[q];
-  });
-  team.each(g.n_ranks, [=](int r) {
-    x.h[n + r] = f.pair_h[n + r];
-    x.extra[n + r] = 0.0;
+  ipm::scale_pairs(team, g, n_traffic_pairs(g), pairs);
+  team.each(n, [f](int p) { f.replica_h[p] = f.h[p] + f.x[p] * f.k[p] * f.inv_n[p]; });
+  team.each(g.n_ranks, [=](int r) { x.h[n + r] = f.h[n + r]; });
+  team.sync();
+  team.each(g.n_experts, [&](int e) {
+    each_node(g, f, e, [&](int node, int end) {
+      const int i = n + node;
+      const double of_node = f.h[first_node + node] + f.x[i] * f.k[i] * f.inv_n[i];
+      double of_both = of_node;
+      in_order<4>(node, end, [&](int p) { return f.replica_h[p]; }, [&](int, double h) { of_both += h; });
+      f.inv_node[node] = of_both > 0.0 ? 1.0 / of_both : 0.0;
+      const double share = of_node * f.inv_node[node];
+      in_order<4>(node, end, [&](int p) { return f.replica_h[p]; }, [&](int p, double h) { x.h[p] = h * share; });
+    });
   });
   team.sync();
 }
 
-// The steps of all parts that belong to D = dz of the replicas. With kCorrect they carry the second-order terms.
+// What stands for `extra` in x, and Σ T_p - G_k.
 template <bool kCorrect, class Team, class AnyGroup>
-LPLB_HD inline void find_steps(Team& team, const AnyGroup& g, const Workspace& x, const Parts& f) {
-  const int n = g.n_replicas;
-  const auto find = [=](int i, double d) {
-    const double xi = f.x[i], k = f.k[i], z = f.z[i], w = f.w[i], inv = f.inv_n[i];
-    double dx = xi * k * (w - z - d), both = -(z * w * f.bound[i]);
-    if (kCorrect) {
-      dx += k * f.e[i] - xi * f.f[i];
-      both += w * f.e[i] + z * f.f[i];
-    }
-    f.dx[i] = dx * inv;
-    f.dz[i] = (both + z * k * d) * inv;
-    f.dw[i] = (both - w * xi * d) * inv;
+LPLB_HD inline void find_targets(Team& team, const AnyGroup& g, const Workspace& x, const TrafficSpace& f) {
+  const int n = g.n_replicas, first_node = n + g.n_ranks;
+  const auto target = [=](int i, int pair) {
+    const double affine = f.x[i] * f.w[i] * f.bound[i];
+    if (!kCorrect) return affine * f.inv_n[i];
+    return (affine + (f.k[i] * f.e[i] - f.x[i] * f.f[i])) * f.inv_n[i] + f.extra[pair];
   };
-  team.each(n, [=](int p) {
-    find(p, x.dz[p]);
-    find(n + p, x.dz[p]);
+  team.each(g.n_experts, [&](int e) {
+    each_node(g, f, e, [&](int node, int end) {
+      double excess = -target(n + node, first_node + node);
+      for (int p = node; p < end; ++p) {
+        x.extra[p] = target(p, p);
+        excess += x.extra[p];
+      }
+      f.excess[node] = excess;
+      const double share = excess * f.inv_node[node];
+      in_order<4>(node, end, [&](int p) { return f.replica_h[p]; }, [&](int p, double h) { x.extra[p] -= h * share; });
+    });
+  });
+  team.each(g.n_ranks, [=](int r) { x.extra[n + r] = kCorrect ? f.extra[n + r] : 0.0; });
+  team.sync();
+}
+
+// Adds to M what replicas on the same node have in common; see assemble() in ipm.h.
+template <class Team, class AnyGroup>
+LPLB_HD inline void assemble_nodes(Team& team, const AnyGroup& g, const Workspace& x, const TrafficSpace& f) {
+  const int width = g.n_padded;
+  team.each(g.n_ranks, [&](int r) {
+    double diagonal = x.m[r * width + r];
+    LPLB_LOOP
+    for (int i = g.rank_begin[r]; i < g.rank_begin[r + 1]; ++i) {
+      const int p = g.rank_replica[i], node = f.node_begin[p], end = f.node_end[node];
+      if (end - node == 1) continue;
+      const double factor = f.replica_h[p] * f.inv_node[node];
+      double others = 0.0;
+      LPLB_LOOP
+      for (int q = node; q < end; ++q) {
+        if (q == p) continue;
+        others += f.replica_h[q];
+        if (q < p) x.m[g.replica_rank[q] * width + r] -= factor * f.replica_h[q];
+      }
+      diagonal += factor * others;
+    }
+    x.m[r * width + r] = diagonal;
   });
   team.sync();
 }
 
-// Second-order terms of all products, centred on sigma_mu; and T_p with them.
+// From du_r + dm_e, which complete_step() of ipm.h left in dz of the replicas, to the steps of all parts.
+template <bool kCorrect, class Team, class AnyGroup>
+LPLB_HD inline void find_steps(Team& team, const AnyGroup& g, const TrafficSpace& f) {
+  const int n = g.n_replicas, first_node = n + g.n_ranks;
+  team.each(g.n_experts, [&](int e) {
+    each_node(g, f, e, [&](int node, int end) {
+      double excess = f.excess[node];
+      in_order<4>(
+          node, end, [&](int p) { return f.replica_h[p] * f.pair_dz[p]; },
+          [&](int, double product) { excess -= product; });
+      const double dpi = excess * f.inv_node[node];
+      for (int p = node; p < end; ++p) f.pair_dz[p] += dpi;
+      f.pair_dz[first_node + node] = -dpi;
+    });
+  });
+  team.sync();
+  for (int half = 0; half < 2; ++half) {  // replicas, nodes
+    const int first = half * n, first_pair = half * first_node;
+    team.each(n, [=](int p) {
+      const int i = first + p;
+      const double part = f.x[i], k = f.k[i], z = f.z[i], w = f.w[i], inv = f.inv_n[i], d = f.pair_dz[first_pair + p];
+      double dx = part * k * (w - z - d), both = -(z * w * f.bound[i]);
+      if (kCorrect) {
+        dx += k * f.e[i] - part * f.f[i];
+        both += w * f.e[i] + z * f.f[i];
+      }
+      f.dx[i] = dx * inv;
+      f.dz[i] = (both + z * k * d) * inv;
+      f.dw[i] = (both - w * part * d) * inv;
+    });
+  }
+  team.sync();
+}
+
+// Second-order terms of all products, centred on sigma_mu.
 template <class Team, class AnyGroup>
-LPLB_HD inline void correct(Team& team, const AnyGroup& g, const Workspace& x, const Workspace& pairs, const Parts& f,
+LPLB_HD inline void correct(Team& team, const AnyGroup& g, const Workspace& pairs, const TrafficSpace& f,
                             double sigma_mu) {
-  const int n = g.n_replicas;
-  ipm::correct_pairs(team, g, pairs, sigma_mu);
-  const auto correct_part = [=](int i) {
+  team.each(2 * g.n_replicas, [f, sigma_mu](int i) {
     f.e[i] = sigma_mu - f.dx[i] * f.dz[i];
     f.f[i] = sigma_mu + f.dx[i] * f.dw[i];
-    return (f.k[i] * f.e[i] - f.x[i] * f.f[i]) * f.inv_n[i];
-  };
-  team.each(n, [=](int p) { x.extra[p] += f.pair_extra[p] + correct_part(p) + correct_part(n + p); });
-  team.each(g.n_ranks, [=](int r) { x.extra[n + r] = f.pair_extra[n + r]; });
-  team.sync();
+  });
+  ipm::correct_pairs(team, n_traffic_pairs(g), pairs, sigma_mu);
 }
 
-// The longest steps that go `share` of the way to where the first x, k, z or w becomes negative.
+// The longest steps that go `share` of the way to where the first x, k, z or w becomes negative. Parts with b = 0 give
+// NaN, which is passed over.
 template <class Team, class AnyGroup>
-LPLB_HD inline ipm::Steps part_steps(Team& team, const AnyGroup& g, const Parts& f, double share) {
-  return ipm::within(share, team.maxima(
-                                2 * g.n_replicas,
-                                [=](int i) {
-                                  const double x = f.x[i], k = f.k[i], dx = f.dx[i];
-                                  return (dx > 0.0 ? dx * x : -dx * k) / (x * k);
-                                },
-                                [=](int i) {
-                                  const double z = f.z[i], w = f.w[i], a = -f.dz[i] * w, b = -f.dw[i] * z;
-                                  return (a > b ? a : b) / (z * w);
-                                }));
+LPLB_HD inline ipm::Steps bounded_steps(Team& team, const AnyGroup& g, const TrafficSpace& f, double share) {
+  const auto primal = team.maxima(
+      2 * g.n_replicas, [f](int i) { return -f.dx[i] * (1.0 / f.x[i]); },
+      [f](int i) { return f.dx[i] * (1.0 / f.k[i]); });
+  const auto dual = team.maxima(
+      2 * g.n_replicas, [f](int i) { return -f.dz[i] * (1.0 / f.z[i]); },
+      [f](int i) { return -f.dw[i] * (1.0 / f.w[i]); });
+  return ipm::within(share, {{primal[0] > primal[1] ? primal[0] : primal[1], dual[0] > dual[1] ? dual[0] : dual[1]}});
 }
 
 LPLB_HD inline ipm::Steps shorter(ipm::Steps a, ipm::Steps b) {
-  return {a.primal < b.primal ? a.primal : b.primal, a.dual < b.dual ? a.dual : b.dual};
+  return {smaller(a.primal, b.primal), smaller(a.dual, b.dual)};
 }
 
-// Σ x·z + Σ k·w of the parts after the given steps.
+// Σ x·z + Σ k·w of the bounded parts after the given steps.
 template <class Team, class AnyGroup>
-LPLB_HD inline double complementarity(Team& team, const AnyGroup& g, const Parts& f, ipm::Steps a) {
-  return team.sums(2 * g.n_replicas, [=](int i) {
+LPLB_HD inline double complementarity(Team& team, const AnyGroup& g, const TrafficSpace& f, ipm::Steps a) {
+  return team.sums(2 * g.n_replicas, [f, a](int i) {
     const double dx = a.primal * f.dx[i];
     return (f.x[i] + dx) * (f.z[i] + a.dual * f.dz[i]) + (f.k[i] - dx) * (f.w[i] + a.dual * f.dw[i]);
   })[0];
 }
 
 template <class Team, class AnyGroup>
-LPLB_HD inline void advance(Team& team, const AnyGroup& g, const Parts& f, ipm::Steps a) {
+LPLB_HD inline void advance(Team& team, const AnyGroup& g, const Workspace& pairs, const TrafficSpace& f,
+                            ipm::Steps a) {
   team.sync();  // everybody has read the old point
-  team.each(2 * g.n_replicas, [=](int i) {
+  team.each(2 * g.n_replicas, [f, a](int i) {
     f.x[i] += a.primal * f.dx[i];
     f.k[i] -= a.primal * f.dx[i];
     f.z[i] += a.dual * f.dz[i];
     f.w[i] += a.dual * f.dw[i];
   });
+  ipm::advance(team, n_traffic_pairs(g), pairs, a);
 }
 
 // How many pairs there are, and Σ of their products.
 template <class Team, class AnyGroup>
-LPLB_HD inline Values<2> count_pairs(Team& team, const AnyGroup& g, const Workspace& x, const Parts& f) {
-  const auto far = team.sums(
-      ipm::n_pairs(g), [x](int i) { return x.y[i] > 0.0 ? 1.0 : 0.0; }, [x](int i) { return x.y[i] * x.z[i]; });
-  const auto near = team.sums(
+LPLB_HD inline Values<2> count_pairs(Team& team, const AnyGroup& g, const TrafficSpace& f) {
+  const auto pairs = team.sums(
+      n_traffic_pairs(g), [f](int i) { return f.y[i] > 0.0 ? 1.0 : 0.0; }, [f](int i) { return f.y[i] * f.pair_z[i]; });
+  const auto bounded = team.sums(
       2 * g.n_replicas, [f](int i) { return f.bound[i] > 0.0 ? 2.0 : 0.0; },
       [f](int i) { return f.x[i] * f.z[i] + f.k[i] * f.w[i]; });
-  return {{far[0] + near[0], far[1] + near[1]}};
+  return {{pairs[0] + bounded[0], pairs[1] + bounded[1]}};
 }
 
 }  // namespace traffic
 
-// Leaves the fractional split, scaled, in y. lambda: the cost of a scaled token that crosses nodes; f.bound is given.
-// σ is (μ_aff/μ)² here: with the cube of ipm.h one load in a thousand took twice as many iterations, and none fewer.
+// Leaves the fractional split, scaled, in y. lambda: the cost of a scaled token that crosses nodes. σ is (μ_aff/μ)²
+// here: with the cube of ipm.h most loads take a tenth of an iteration less, and the hardest two more.
 template <class Team, class Algebra, class AnyGroup>
 LPLB_HD inline TrafficOutcome interior_point_with_traffic(Team& team, Algebra algebra, const AnyGroup& g,
-                                                          const Workspace& x, const Parts& f, double lambda,
+                                                          const Workspace& space, const TrafficSpace& f, double lambda,
                                                           IterationRow* log) {
-  const Workspace pairs = traffic::far_pairs(x, f);
-  const int n = g.n_replicas;
+  const int n = g.n_replicas, n_pairs = n_traffic_pairs(g), first_node = n + g.n_ranks;
+  const Workspace pairs = traffic::pairs_of(space, f);
+  Workspace x = pairs;  // as the functions of ipm.h want it
+  x.h = space.h;
+  x.extra = space.extra;
   double t = traffic::start(team, g, x, f, lambda);
-  const Values<2> at_start = traffic::count_pairs(team, g, x, f);
+  const Values<2> at_start = traffic::count_pairs(team, g, f);
   const double inv_n_on = 1.0 / at_start[0];
   double mu = at_start[1] * inv_n_on;
   TrafficOutcome result{{0.0, 0.0, 0, Status::iteration_limit}, 0.0};
   IpmOutcome& out = result.ipm;
 
   for (;; ++out.iterations) {
-    result.max_load = team.few_maxima(g.n_ranks, [&](int r) { return t - x.y[n + r] * g.inv_speed[r]; })[0];
-    const auto tokens = team.sums(n, [=](int p) { return x.y[p]; }, [=](int p) { return f.x[n + p]; });
-    out.objective = result.max_load + lambda * (tokens[0] + kNodeCost * tokens[1]);
+    result.max_load = team.few_maxima(g.n_ranks, [&](int r) { return t - f.y[n + r] * g.inv_speed[r]; })[0];
+    const auto tokens = team.sums(n, [=](int p) { return f.y[p]; }, [=](int p) { return f.y[first_node + p]; });
+    out.objective = result.max_load + lambda * (kNodeCost * tokens[0] + (1.0 - kNodeCost) * tokens[1]);
     const double bound = traffic::lower_bound(team, g, x, f, lambda);
     out.bound = bound > out.bound ? bound : out.bound;
     const double distance = out.objective - out.bound;
@@ -287,8 +410,10 @@ LPLB_HD inline TrafficOutcome interior_point_with_traffic(Team& team, Algebra al
     if (out.iterations == kMaxIterations) break;
 
     traffic::scale(team, g, x, pairs, f);
+    traffic::find_targets<false>(team, g, x, f);
     ipm::scale_experts(team, g, x);
     ipm::assemble(team, g, x);
+    traffic::assemble_nodes(team, g, x, f);
     ipm::carry_extra(team, g, x);
     if (!algebra.template factor_and_solve<2>(team, g.n_padded, x.m, x.inv_d, x.rhs)) {
       out.status = Status::numerical;
@@ -298,28 +423,30 @@ LPLB_HD inline TrafficOutcome interior_point_with_traffic(Team& team, Algebra al
 
     ipm::rank_step(team, g, x, inv_v_x1);
     ipm::complete_step<true>(team, g, x);
-    traffic::find_steps<false>(team, g, x, f);
-    const ipm::Steps affine = traffic::shorter(ipm::affine_steps(team, g, pairs), traffic::part_steps(team, g, f, 1.0));
+    traffic::find_steps<false>(team, g, f);
+    const ipm::Steps affine =
+        traffic::shorter(ipm::affine_steps(team, n_pairs, pairs), traffic::bounded_steps(team, g, f, 1.0));
     const double mu_affine =
-        (ipm::complementarity<false>(team, g, pairs, affine) + traffic::complementarity(team, g, f, affine)) * inv_n_on;
+        (ipm::complementarity<false>(team, n_pairs, pairs, affine) + traffic::complementarity(team, g, f, affine)) *
+        inv_n_on;
     const double ratio = mu_affine / mu;
 
-    traffic::correct(team, g, x, pairs, f, ratio * ratio * mu);
+    traffic::correct(team, g, pairs, f, ratio * ratio * mu);
+    traffic::find_targets<true>(team, g, x, f);
     ipm::carry_extra(team, g, x);
     algebra.solve(team, g.n_padded, x.m, x.inv_d, x.rhs + g.n_padded);
     const double t_new = ipm::rank_step(team, g, x, inv_v_x1);
     ipm::complete_step<true>(team, g, x);
-    traffic::find_steps<true>(team, g, x, f);
-    const ipm::Steps a =
-        traffic::shorter(ipm::corrected_steps(team, g, pairs), traffic::part_steps(team, g, f, kStepToBoundary));
+    traffic::find_steps<true>(team, g, f);
+    const ipm::Steps a = traffic::shorter(ipm::corrected_steps(team, n_pairs, pairs),
+                                          traffic::bounded_steps(team, g, f, kStepToBoundary));
     const double mu_new =
-        (ipm::complementarity<true>(team, g, pairs, a) + traffic::complementarity(team, g, f, a)) * inv_n_on;
+        (ipm::complementarity<true>(team, n_pairs, pairs, a) + traffic::complementarity(team, g, f, a)) * inv_n_on;
     if (!(mu_new > 0.0 && mu_new < 1e300)) {  // not a number, or nothing left to improve: keep what is there
       out.status = Status::numerical;
       break;
     }
-    traffic::advance(team, g, f, a);
-    ipm::advance(team, g, pairs, a);
+    traffic::advance(team, g, pairs, f, a);
     t += a.primal * (t_new - t);
     mu = mu_new;
     if (log != nullptr && team.rank() == 0) {
@@ -327,8 +454,7 @@ LPLB_HD inline TrafficOutcome interior_point_with_traffic(Team& team, Algebra al
       log[out.iterations].step_dual = a.dual;
     }
   }
-  team.sync();  // everybody has read the last point
-  team.each(n, [=](int p) { x.y[p] += f.x[p] + f.x[n + p]; });
+  team.each(n, [=](int p) { space.y[p] = f.y[p] + f.x[p]; });
   team.sync();
   return result;
 }

@@ -35,6 +35,9 @@ struct BasicGroup {
   const Index* replica_expert;         // [n_replicas]
   const Index* rank_begin;             // [n_ranks + 1] into rank_replica
   const Index* rank_replica;           // [n_replicas] the replicas of a rank, ascending
+  int n_waves;                         // of experts, none of which share a rank
+  const Index* wave_begin;             // [n_waves + 1] into wave_expert
+  const Index* wave_expert;            // [n_experts] every expert is in a later wave than those before it on its ranks
   const double* speed;                 // [n_ranks] v_r
   const double* inv_speed;             // [n_ranks] 1 / v_r
   const uint64_t* expert_ranks;        // [n_experts, set_words] the ranks that hold an expert, as a set
@@ -169,13 +172,35 @@ class GroupTables {
  private:
   struct Storage {
     std::vector<int32_t> expert_begin, expert_logical, replica_rank, replica_expert, replica_slot, rank_begin,
-        rank_replica, single_begin, single_logical, single_slot;
+        rank_replica, wave_begin, wave_expert, single_begin, single_logical, single_slot;
     std::vector<uint64_t> expert_ranks, rank_replica_ranks;
     std::vector<double> speed, inv_speed;
   };
+  static void find_waves(Storage& t, int n_ranks);
+
   std::vector<Storage> storage_;
   std::vector<Group> groups_;
 };
+
+// The flow solver fills experts one after another; those of a wave may be filled at once, with the same result.
+inline void GroupTables::find_waves(Storage& t, int n_ranks) {
+  const int n_experts = static_cast<int>(t.expert_logical.size());
+  std::vector<int> filled(n_ranks, 0), wave_of(n_experts);  // filled: waves up to and with a rank's last
+  int n_waves = 0;
+  for (int e = 0; e < n_experts; ++e) {
+    int wave = 0;
+    for (int p = t.expert_begin[e]; p < t.expert_begin[e + 1]; ++p) wave = std::max(wave, filled[t.replica_rank[p]]);
+    for (int p = t.expert_begin[e]; p < t.expert_begin[e + 1]; ++p) filled[t.replica_rank[p]] = wave + 1;
+    wave_of[e] = wave;
+    n_waves = std::max(n_waves, wave + 1);
+  }
+  for (int wave = 0; wave < n_waves; ++wave) {
+    t.wave_begin.push_back(static_cast<int32_t>(t.wave_expert.size()));
+    for (int e = 0; e < n_experts; ++e)
+      if (wave_of[e] == wave) t.wave_expert.push_back(e);
+  }
+  t.wave_begin.push_back(n_experts);
+}
 
 inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
                                 const std::vector<double>& speed, int width) {
@@ -232,6 +257,7 @@ inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logic
       t.single_logical.insert(t.single_logical.end(), singles[r].begin(), singles[r].end());
       t.single_begin.push_back(static_cast<int32_t>(t.single_logical.size()));
     }
+    find_waves(t, group_size);
     for (const int32_t p : t.rank_replica) {
       const auto ranks = t.expert_ranks.begin() + words * t.replica_expert[p];
       t.rank_replica_ranks.insert(t.rank_replica_ranks.end(), ranks, ranks + words);
@@ -256,6 +282,9 @@ inline GroupTables::GroupTables(const std::vector<int32_t>& phy2log, int n_logic
     v.replica_slot = t.replica_slot.data();
     v.rank_begin = t.rank_begin.data();
     v.rank_replica = t.rank_replica.data();
+    v.n_waves = static_cast<int>(t.wave_begin.size()) - 1;
+    v.wave_begin = t.wave_begin.data();
+    v.wave_expert = t.wave_expert.data();
     v.single_begin = t.single_begin.data();
     v.single_logical = t.single_logical.data();
     v.single_slot = t.single_slot.data();

@@ -7,7 +7,11 @@ namespace lplb {
 inline namespace LPLB_ISA {
 
 #if defined(__CUDA_ARCH__)
-LPLB_HD inline int lowest_bit(uint64_t x) { return __ffsll(static_cast<long long>(x)) - 1; }
+LPLB_HD inline int lowest_bit(uint64_t x) {  // __ffsll is a longer chain of instructions
+  const auto low = static_cast<uint32_t>(x), high = static_cast<uint32_t>(x >> 32);
+  const int in_low = __ffs(static_cast<int>(low)) - 1, in_high = __ffs(static_cast<int>(high)) + 31;
+  return low != 0 ? in_low : in_high;
+}
 LPLB_HD inline int count_bits(uint64_t x) { return __popcll(x); }
 #else
 LPLB_HD inline int lowest_bit(uint64_t x) { return __builtin_ctzll(x); }
@@ -45,14 +49,14 @@ struct RankSet {
     LPLB_UNROLL
     for (int i = 0; i < kWords; ++i) p[i] = word[i];
   }
-  LPLB_HD bool has(int r) const { return word_of(r) >> (r % 64) & 1; }
+  LPLB_HD bool has(int r) const { return word_of(r) >> (r & 63) & 1; }
   LPLB_HD void add(int r) {
     LPLB_UNROLL
-    for (int i = 0; i < kWords; ++i) word[i] |= r / 64 == i ? uint64_t{1} << (r % 64) : 0;
+    for (int i = 0; i < kWords; ++i) word[i] |= bit_in(i, r);
   }
   LPLB_HD void drop(int r) {
     LPLB_UNROLL
-    for (int i = 0; i < kWords; ++i) word[i] &= ~(r / 64 == i ? uint64_t{1} << (r % 64) : 0);
+    for (int i = 0; i < kWords; ++i) word[i] &= ~bit_in(i, r);
   }
   LPLB_HD bool empty() const {
     uint64_t any = 0;
@@ -65,6 +69,14 @@ struct RankSet {
     for (int i = 0; i < kWords - 1; ++i)
       if (word[i] != 0) return 64 * i + lowest_bit(word[i]);
     return 64 * (kWords - 1) + lowest_bit(word[kWords - 1]);
+  }
+  LPLB_HD int count_below(int r) const {
+    int n = 0;
+    LPLB_UNROLL
+    for (int i = 0; i < kWords; ++i)
+      if (kWords == 1 || r >= 64 * i)
+        n += count_bits(r < 64 * (i + 1) ? word[i] & ((uint64_t{1} << (r & 63)) - 1) : word[i]);
+    return n;
   }
   LPLB_HD RankSet operator|(RankSet o) const {
     LPLB_UNROLL
@@ -83,6 +95,7 @@ struct RankSet {
   }
 
  private:
+  LPLB_HD static uint64_t bit_in(int i, int r) { return kWords == 1 || r >> 6 == i ? uint64_t{1} << (r & 63) : 0; }
   LPLB_HD uint64_t word_of(int r) const {  // no run-time index: it would put the set into memory
     if (kWords == 1) return word[0];
     return r < 64 ? word[0] : word[kWords - 1];
@@ -118,34 +131,15 @@ LPLB_HD inline RankSet<kWords> ranks_within(Warp& warp, RankSet<kWords> set, int
   }
 }
 
-// The least i in [begin, end) with wanted(i). There is one.
-template <class Warp, class F>
-LPLB_HD inline int first_where(Warp& warp, int begin, int end, F wanted) {
-  for (;; begin += warp.size()) {
-    const int i = begin + warp.rank();
-    const uint32_t found = warp.ballot(i < end && wanted(i));
-    if (found != 0) return begin + lowest_bit(found);
+// The least of the values that members 0 … n - 1 pass, on those members.
+template <class Warp, class T>
+LPLB_HD inline T least_of_first(Warp& warp, int n, T value) {
+  LPLB_LOOP
+  for (int step = 1; step < n && step < warp.size(); step *= 2) {
+    const T other = warp.across(value, step);
+    value = other < value ? other : value;
   }
-}
-
-// The i in [begin, end) with the largest key(i), the first of equals; -1 where every key is 0.
-template <class Warp, class F>
-LPLB_HD inline int first_of_largest(Warp& warp, int begin, int end, F key) {
-  uint64_t most = 0;
-  int where = -1;
-  for (int i = begin + warp.rank(); i < end; i += warp.size()) {
-    const uint64_t k = key(i);
-    if (k > most) most = k, where = i;
-  }
-  if constexpr (!Warp::kSolo) {
-    const uint32_t high = warp.largest(static_cast<uint32_t>(most >> 32));
-    const bool as_high = static_cast<uint32_t>(most >> 32) == high;
-    const uint32_t low = warp.largest(as_high ? static_cast<uint32_t>(most) : 0);
-    const bool is_most = as_high && static_cast<uint32_t>(most) == low && where >= 0;
-    const uint32_t first = ~warp.largest(is_most ? ~static_cast<uint32_t>(where) : 0);  // least where
-    where = static_cast<int32_t>(first);                                                // ~0 is -1: nobody has a key
-  }
-  return where;
+  return value;
 }
 
 // op over all members' values, in any order.
@@ -159,6 +153,7 @@ LPLB_HD inline T fold(Warp& warp, T value, Op op) {
 template <class Warp, class F>
 LPLB_HD inline int64_t whole_sum(Warp& warp, int n, F f) {
   int64_t sum = 0;
+  LPLB_LOOP
   for (int i = warp.rank(); i < n; i += warp.size()) sum += f(i);
   return fold(warp, sum, [](int64_t a, int64_t b) { return a + b; });
 }

@@ -16,6 +16,7 @@ namespace rounding {
 
 inline constexpr double kBoundNoise = 1e-9;                // a bound may be this much too high in its last digits
 inline constexpr double kMostTokens = 9007199254740992.0;  // 2^53: more than there are, and 128 of them fit in 64 bits
+inline constexpr double kFull = 1e300;                     // no level is as high
 inline constexpr int kBatch = 8;                           // experts whose left-over tokens are placed at once
 
 // The most tokens k with k / speed ≤ level as the division rounds, so that a level k / speed has room for k.
@@ -42,6 +43,7 @@ LPLB_HD inline double whole_level(Warp& warp, const AnyGroup& g, RankSet<kWords>
   for (;;) {
     int64_t room = 0;
     double next = 1e300;
+    LPLB_LOOP
     for (int r = warp.rank(); r < g.n_ranks; r += warp.size()) {
       if (!set.has(r)) continue;
       const int64_t c = capacity(level, g.speed[r]);
@@ -61,7 +63,7 @@ template <class Team, class AnyGroup>
 LPLB_HD inline void add_up_ranks(Team& team, const AnyGroup& g, const Workspace& x) {
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = x.single_tokens[r];
-    in_order<4>(
+    in_order<4, true>(
         g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return x.quota[g.rank_replica[i]]; },
         [&](int, int64_t quota) { tokens += quota; });
     x.rank_tokens[r] = tokens;
@@ -87,36 +89,52 @@ LPLB_HD inline void round_down(Team& team, const AnyGroup& g, const Workspace& x
   add_up_ranks(team, g, x);
 }
 
-// What is left of an expert goes to its lightest rank, the first of equals, as the ranks were before its batch.
+// A replica and how full its rank is; none: replica -1, which is the heaviest.
+struct Lightest {
+  int replica;
+  double level;
+};
+
+// What is left of an expert goes to its lightest rank, the first of equals, as the ranks were before its batch. Several
+// members of a warp look at one expert's replicas.
 template <class Warp, class AnyGroup>
 LPLB_HD inline void place_left(Warp& warp, const AnyGroup& g, const Workspace& x) {
-  constexpr int kPerMember = Warp::kSolo ? kBatch : 1;
+  constexpr int kPerMember = Warp::kSolo ? kBatch : 1, kMembers = Warp::kSolo ? 1 : kWarpSize / kBatch;
+  const int own = warp.rank() % kBatch, part = warp.rank() / kBatch;
   LPLB_LOOP
   for (int first = 0; first < g.n_experts; first += kBatch) {
-    int chosen[kPerMember];
+    Lightest chosen[kPerMember];
+    int64_t left[kPerMember];
     LPLB_UNROLL
     for (int i = 0; i < kPerMember; ++i) {
-      const int e = first + i * warp.size() + warp.rank();
-      chosen[i] = -1;
-      if (e >= g.n_experts || e >= first + kBatch || x.tokens[e] == 0) continue;
-      double least = 0.0;
-      in_order<4>(
-          g.expert_begin[e], g.expert_begin[e + 1],
-          [&](int p) {
-            const int r = g.replica_rank[p];
-            return static_cast<double>(x.rank_tokens[r]) * g.inv_speed[r];
-          },
-          [&](int p, double level) {
-            if (chosen[i] < 0 || level < least) chosen[i] = p, least = level;
-          });
+      const int e = first + own + i;
+      chosen[i] = {-1, kFull};
+      left[i] = e < g.n_experts ? x.tokens[e] : 0;
+      if (left[i] != 0) {
+        const int begin = g.expert_begin[e] + part, n = (g.expert_begin[e + 1] - begin + kMembers - 1) / kMembers;
+        in_order<4, true>(
+            0, n,
+            [&](int k) {
+              const int r = g.replica_rank[begin + kMembers * k];
+              return static_cast<double>(x.rank_tokens[r]) * g.inv_speed[r];
+            },
+            [&](int k, double level) {
+              if (level < chosen[i].level) chosen[i] = {begin + kMembers * k, level};
+            });
+      }
+      LPLB_UNROLL
+      for (int step = kBatch; step < kMembers * kBatch; step *= 2) {
+        const Lightest other{warp.across(chosen[i].replica, step), warp.across(chosen[i].level, step)};
+        const bool before = static_cast<unsigned>(other.replica) < static_cast<unsigned>(chosen[i].replica);
+        if (other.level < chosen[i].level || (other.level == chosen[i].level && before)) chosen[i] = other;
+      }
     }
     warp.sync();
     LPLB_UNROLL
     for (int i = 0; i < kPerMember; ++i) {
-      if (chosen[i] < 0) continue;
-      const int64_t left = x.tokens[g.replica_expert[chosen[i]]];
-      x.quota[chosen[i]] += left;
-      warp.add(x.rank_tokens + g.replica_rank[chosen[i]], left);
+      if (part != 0 || chosen[i].replica < 0) continue;
+      x.quota[chosen[i].replica] += left[i];
+      warp.add(x.rank_tokens + g.replica_rank[chosen[i].replica], left[i]);
     }
     warp.sync();
   }
@@ -130,13 +148,14 @@ template <int kWords, class Warp, class AnyGroup>
 LPLB_HD inline WholeOutcome whole_tokens(Warp& warp, const AnyGroup& g, const Workspace& x, double bound) {
   rounding::place_left(warp, g, x);
 
-  const int64_t total = whole_sum(warp, g.n_ranks, [&](int r) { return x.rank_tokens[r]; });
+  int64_t tokens = whole_sum(warp, g.n_ranks, [&](int r) { return x.rank_tokens[r]; });  // that `set` must hold
   Flow<int64_t, kWords, Warp, AnyGroup> f{
       warp, g, x.quota, x.rank_tokens, x.rank_capacity, x.reach, x.level, x.path, x.giver, x.taker, 0, {}, {}};
   RankSet<kWords> set = RankSet<kWords>::first(g.n_ranks);
-  double level = rounding::whole_level(warp, g, set, total, bound * (1.0 - rounding::kBoundNoise));
+  double level = bound * (1.0 - rounding::kBoundNoise);
   WholeOutcome out{0, 0.0, 0.0};
   for (bool ready = false;;) {
+    level = rounding::whole_level(warp, g, set, tokens, level);
     warp.each(g.n_ranks, [&](int r) { f.limit[r] = rounding::capacity(level, g.speed[r]); });
     warp.sync();
     f.classify();
@@ -144,10 +163,9 @@ LPLB_HD inline WholeOutcome whole_tokens(Warp& warp, const AnyGroup& g, const Wo
     if (!ready) f.find_reach();
     ready = true;
     if (f.relieve(set)) break;
-    const int64_t stuck = whole_sum(warp, g.n_ranks, [&](int r) { return set.has(r) ? f.load[r] : 0; });
-    const double ratio = static_cast<double>(stuck) / flow::speed_of(warp, g, set);
+    tokens = whole_sum(warp, g.n_ranks, [&](int r) { return set.has(r) ? f.load[r] : 0; });
+    const double ratio = static_cast<double>(tokens) / flow::speed_of(warp, g, set);
     out.bound = ratio > out.bound ? ratio : out.bound;
-    level = rounding::whole_level(warp, g, set, stuck, level);
   }
   out.level = warp.few_maxima(g.n_ranks, [&](int r) { return static_cast<double>(f.load[r]) / g.speed[r]; })[0];
   out.max_load = static_cast<int64_t>(std::ceil(out.level));

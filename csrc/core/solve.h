@@ -27,7 +27,7 @@ template <class Team, class AnyGroup>
 LPLB_HD inline Sum gather(Team& team, const AnyGroup& g, const Workspace& x, const int64_t* loads) {
   team.each(g.n_ranks, [&](int r) {
     int64_t tokens = 0;
-    in_order<8>(
+    in_order<8, true>(
         g.single_begin[r], g.single_begin[r + 1], [&](int i) { return loads[g.single_logical[i]]; },
         [&](int, int64_t load) { tokens += load; });
     x.single_tokens[r] = tokens;
@@ -117,11 +117,26 @@ LPLB_HD inline void write_plan(Team& team, const AnyGroup& g, const Workspace& x
 
 }  // namespace detail
 
-// kWords: of the group's rank sets, see set_words(). matrix_is_free() is called by all members, between barriers, when
-// the matrix's memory is no longer needed and before the rank sets of `g` are.
-template <int kWords, class Team, class Algebra, class AnyGroup, class F>
+// A solver that is known when the code is compiled; then the other's is left out.
+template <Solver kSolver>
+struct OnlySolver {
+  LPLB_HD constexpr operator Solver() const { return kSolver; }
+};
+
+namespace detail {
+
+template <class AnySolver, Solver kSolver>
+inline constexpr bool kMayBe = true;
+template <Solver kOne, Solver kSolver>
+inline constexpr bool kMayBe<OnlySolver<kOne>, kSolver> = kOne == kSolver;
+
+}  // namespace detail
+
+// kWords: of the group's rank sets, see set_words(). solver: a Solver, or OnlySolver<…>. matrix_is_free() is called by
+// all members, between barriers, when the matrix's memory is no longer needed and before the rank sets of `g` are.
+template <int kWords, class Team, class Algebra, class AnyGroup, class AnySolver, class F>
 LPLB_HD inline void solve_group(Team& team, Algebra algebra, const AnyGroup& g, const Workspace& x,
-                                const int64_t* loads, const Fewest& few, Solver solver, const GroupPlan& plan,
+                                const int64_t* loads, const Fewest& few, AnySolver solver, const GroupPlan& plan,
                                 IterationRow* log, F matrix_is_free) {
   const detail::Sum sum = detail::gather(team, g, x, loads);
   const bool skipped = sum.tokens < static_cast<double>(few.least);
@@ -132,17 +147,21 @@ LPLB_HD inline void solve_group(Team& team, Algebra algebra, const AnyGroup& g, 
     found.objective = found.bound = team.few_maxima(g.n_ranks, [&](int r) { return x.a[r] / g.speed[r]; })[0];
     team.each(g.n_replicas, [&](int p) { x.y[p] = 0.0; });
   } else if (solver == Solver::ipm) {
-    const IpmOutcome out = interior_point(team, algebra, g, x, log);
-    found = {out.objective, out.bound, out.iterations, out.status};
+    if constexpr (detail::kMayBe<AnySolver, Solver::ipm>) {
+      const IpmOutcome out = interior_point(team, algebra, g, x, log);
+      found = {out.objective, out.bound, out.iterations, out.status};
+    }
   }
   team.sync();
   matrix_is_free();
   team.sync();
-  if (movable && solver == Solver::flow)
-    team.first_warp([&](auto& warp) {
-      const FlowOutcome out = bottleneck_flow<kWords>(warp, g, x, sum.mean);
-      found = {out.objective, out.bound, out.cuts, Status::solved};
-    });
+  if constexpr (detail::kMayBe<AnySolver, Solver::flow>) {
+    if (movable && solver == Solver::flow)
+      team.first_warp([&](auto& warp) {
+        const FlowOutcome out = bottleneck_flow<kWords>(warp, g, x, sum.mean);
+        found = {out.objective, out.bound, out.cuts, Status::solved};
+      });
+  }
   if (skipped)
     detail::split_fixed(team, g, x, few);
   else

@@ -30,10 +30,10 @@ LPLB_HD inline Result finish_with_traffic(Warp& warp, const AnyGroup& g, const W
 
 // loads: of all source ranks, the sums of traffic's counts. lower_bound and gap of the result are those of
 // max_load + traffic_weight · (tokens across nodes + κ · tokens across a node's ranks) / Σ v. `f` is from
-// carve_parts().
+// carve_traffic().
 template <int kWords, class Team, class Algebra, class AnyGroup>
 LPLB_HD inline void solve_group_with_traffic(Team& team, Algebra algebra, const AnyGroup& g, const Workspace& x,
-                                             const Parts& f, const int64_t* loads, const Traffic& traffic,
+                                             const TrafficSpace& f, const int64_t* loads, const Traffic& traffic,
                                              const GroupPlan& plan, IterationRow* log) {
   const double mean = detail::gather(team, g, x, loads).mean;
   const bool movable = team.maxima(g.n_experts, [&](int e) { return x.w[e]; })[0] > 0.0;

@@ -69,7 +69,7 @@ inline namespace LPLB_ISA {
 
 // use(i, load(i)) for i in [begin, end), in order. On a GPU several loads are under way before the first is used, so
 // load must not depend on use. With kRepeat the last i is loaded again beyond the end: without branches loads overlap
-// better, which pays for loads from far away.
+// better, which pays for loads from far away and for loads by an index that is loaded as well.
 template <int kAtOnce, bool kRepeat = false, class Load, class Use>
 LPLB_HD inline void in_order(int begin, int end, Load load, Use use) {
 #ifdef __CUDA_ARCH__
@@ -79,6 +79,9 @@ LPLB_HD inline void in_order(int begin, int end, Load load, Use use) {
     LPLB_UNROLL
     for (int k = 0; k < kAtOnce; ++k)
       if (kRepeat || first + k < end) value[k] = load(first + k < end ? first + k : end - 1);
+    // NOTE: never taken. Without a branch here ptxas moves every load to its use, behind the uses before it, in kernels
+    // that want many registers.
+    if (kRepeat && first == INT32_MAX) __trap();
     LPLB_UNROLL
     for (int k = 0; k < kAtOnce; ++k)
       if (first + k < end) use(first + k, value[k]);

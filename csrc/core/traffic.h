@@ -22,35 +22,53 @@ struct Traffic {
   double weight;                // of the cost: weight · (tokens across nodes + κ · tokens across a node's ranks) / Σ v
 };
 
-// The bounded parts, [2, n_replicas] each: own parts, then node parts.
-struct Parts {
-  double *bound, *x, *k, *z, *w, *dx, *dz, *dw;
-  double *inv_n, *e, *f;        // 1/N, 0 where b is; second-order terms
-  double *pair_h, *pair_extra;  // [pairs] of far parts and ranks; a Workspace has the replicas' h_p and T_p
+// Where one solve works beside its Workspace. A node of an expert, the replicas that it has on one node, goes by the
+// number of the first of them; the entries of the others are empty.
+struct TrafficSpace {
+  int32_t *node_begin, *node_end;                // [n_replicas] the node of each replica; of nodes: behind their last
+  double *bound, *x, *k, *z, *w, *dx, *dz, *dw;  // [2, n_replicas] bounded parts: of replicas, then of nodes
+  double *inv_n, *e, *f;                         // [2, n_replicas] 1/N, 0 where b is; second-order terms
+  double *y, *pair_z, *pair_dz, *h, *extra;      // [pairs] as in a Workspace: replicas, ranks, then nodes
+  double* replica_h;                             // [n_replicas] h before nodes are eliminated
+  double *inv_node, *excess;                     // [n_replicas] of nodes: 1/(S + H), T - G
 };
+
+template <class AnyGroup>
+LPLB_HD inline int n_traffic_pairs(const AnyGroup& g) {
+  return 2 * g.n_replicas + g.n_ranks;
+}
 
 // Like carve() of problem.h.
 template <class AnyGroup>
-LPLB_HD inline size_t carve_parts(const AnyGroup& g, std::byte* base, Parts& f) {
-  const size_t parts = 2 * static_cast<size_t>(g.n_replicas), pairs = static_cast<size_t>(g.n_replicas) + g.n_ranks;
+LPLB_HD inline size_t carve_traffic(const AnyGroup& g, std::byte* base, TrafficSpace& f) {
+  const size_t n = g.n_replicas, pairs = n_traffic_pairs(g);
   size_t used = 0;
-  auto take = [&](double*& pointer, size_t count) {
-    if (base != nullptr) pointer = reinterpret_cast<double*>(base + used);
-    used += (count * sizeof(double) + 63) / 64 * 64;
+  auto take = [&](auto*& pointer, size_t count) {
+    using T = std::remove_reference_t<decltype(*pointer)>;
+    if (base != nullptr) pointer = reinterpret_cast<T*>(base + used);
+    used += (count * sizeof(T) + 63) / 64 * 64;
   };
-  take(f.bound, parts);
-  take(f.x, parts);
-  take(f.k, parts);
-  take(f.z, parts);
-  take(f.w, parts);
-  take(f.dx, parts);
-  take(f.dz, parts);
-  take(f.dw, parts);
-  take(f.inv_n, parts);
-  take(f.e, parts);
-  take(f.f, parts);
-  take(f.pair_h, pairs);
-  take(f.pair_extra, pairs);
+  take(f.bound, 2 * n);
+  take(f.x, 2 * n);
+  take(f.k, 2 * n);
+  take(f.z, 2 * n);
+  take(f.w, 2 * n);
+  take(f.dx, 2 * n);
+  take(f.dz, 2 * n);
+  take(f.dw, 2 * n);
+  take(f.inv_n, 2 * n);
+  take(f.e, 2 * n);
+  take(f.f, 2 * n);
+  take(f.y, pairs);
+  take(f.pair_z, pairs);
+  take(f.pair_dz, pairs);
+  take(f.h, pairs);
+  take(f.extra, pairs);
+  take(f.replica_h, n);
+  take(f.inv_node, n);
+  take(f.excess, n);
+  take(f.node_begin, n);
+  take(f.node_end, n);
   return used;
 }
 

@@ -7,8 +7,8 @@
   namespace lplb::isa {                                                                                               \
   void solve_on_one_thread(const Group&, const Workspace&, const int64_t*, const Fewest&, Solver, int32_t*, int64_t*, \
                            Result*, IterationRow*);                                                                   \
-  void solve_with_traffic(const Group&, const Workspace&, const Parts&, const int64_t*, const Traffic&, int32_t*,     \
-                          int64_t*, Result*, IterationRow*);                                                          \
+  void solve_with_traffic(const Group&, const Workspace&, const TrafficSpace&, const int64_t*, const Traffic&,        \
+                          int32_t*, int64_t*, Result*, IterationRow*);                                                \
   }
 LPLB_DECLARE(portable)
 #ifdef LPLB_HAVE_AVX2

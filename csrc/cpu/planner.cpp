@@ -58,16 +58,16 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
   std::vector<int32_t> next(log2phy_begin_.begin(), log2phy_begin_.end() - 1);
   for (int p = 0; p < n_physical_; ++p) log2phy_[next[phy2log[p]]++] = p;
 
-  size_t group_bytes = 0, part_bytes = 0;
-  parts_.resize(groups_.size());
+  size_t group_bytes = 0, traffic_bytes = 0;
+  traffic_spaces_.resize(groups_.size());
   for (int g = 0; g < groups_.size(); ++g) {
     group_bytes = std::max(group_bytes, solve_bytes(groups_[g]));
-    part_bytes = std::max(part_bytes, carve_parts(groups_[g], nullptr, parts_[g]));
+    traffic_bytes = std::max(traffic_bytes, carve_traffic(groups_[g], nullptr, traffic_spaces_[g]));
   }
   const size_t share_bytes = aligned((n_physical_ + 1) * sizeof(Share));
   const size_t counter_bytes = aligned((n_logical_ + 1) * sizeof(int32_t));
   const size_t per_thread = group_bytes + share_bytes + counter_bytes;
-  memory_size_ = per_thread * max_threads + part_bytes + 64;
+  memory_size_ = per_thread * max_threads + traffic_bytes + 64;
   memory_.reset(new std::byte[memory_size_]);  // not touched: threads that never run cost no memory
   std::byte* base = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
   workspaces_.resize(static_cast<size_t>(max_threads) * groups_.size());
@@ -76,7 +76,7 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
     shares_.push_back(reinterpret_cast<Share*>(base + group_bytes));
     counters_.push_back(reinterpret_cast<int32_t*>(base + group_bytes + share_bytes));
   }
-  for (int g = 0; g < groups_.size(); ++g) carve_parts(groups_[g], base, parts_[g]);
+  for (int g = 0; g < groups_.size(); ++g) carve_traffic(groups_[g], base, traffic_spaces_[g]);
 }
 
 template <class Index>
@@ -129,8 +129,8 @@ int64_t Planner::solve_traffic(const int64_t* loads, const Sources& from, int64_
     if (tokens_of(groups_[g], loads) < fewest)
       isa_.solve_group(groups_[g], workspaces_[g], loads, few, Solver::ipm, out.quota, out.rank_load, &r, nullptr);
     else
-      isa_.solve_group_with_traffic(groups_[g], workspaces_[g], parts_[g], loads, traffic, out.quota, out.rank_load, &r,
-                                    rows_of(log, g));
+      isa_.solve_group_with_traffic(groups_[g], workspaces_[g], traffic_spaces_[g], loads, traffic, out.quota,
+                                    out.rank_load, &r, rows_of(log, g));
     store(out, g, r);
     solved += r.status == Status::solved;
   }

@@ -76,10 +76,10 @@ class Planner {
   InstructionSet isa_;
   size_t memory_size_ = 0;
   std::unique_ptr<std::byte[]> memory_;
-  std::vector<Workspace> workspaces_;  // [max_threads, n_groups]; groups of one thread share their memory
-  std::vector<Parts> parts_;           // [n_groups], all in the same memory
-  std::vector<Share*> shares_;         // [max_threads] n_physical + 1 each
-  std::vector<int32_t*> counters_;     // [max_threads] n_logical + 1 each
+  std::vector<Workspace> workspaces_;         // [max_threads, n_groups]; groups of one thread share their memory
+  std::vector<TrafficSpace> traffic_spaces_;  // [n_groups], all in the same memory
+  std::vector<Share*> shares_;                // [max_threads] n_physical + 1 each
+  std::vector<int32_t*> counters_;            // [max_threads] n_logical + 1 each
 };
 
 // loads[e] = Σ over ranks of tokens. Returns the largest.

@@ -17,7 +17,7 @@ void solve_on_one_thread(const Group& g, const Workspace& x, const int64_t* load
     solve_group<2>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, loads, few, solver, plan, log, nothing);
 }
 
-void solve_with_traffic(const Group& g, const Workspace& x, const Parts& f, const int64_t* loads,
+void solve_with_traffic(const Group& g, const Workspace& x, const TrafficSpace& f, const int64_t* loads,
                         const Traffic& traffic, int32_t* quota, int64_t* rank_load, Result* result, IterationRow* log) {
   Solo team;
   const GroupPlan plan{quota, rank_load, result};

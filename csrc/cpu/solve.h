@@ -10,7 +10,7 @@ using SolveGroup = void (*)(const Group& g, const Workspace& x, const int64_t* l
                             int32_t* quota, int64_t* rank_load, Result* result, IterationRow* log);
 
 // The same with a cost on traffic; loads are the sums of its counts.
-using SolveGroupWithTraffic = void (*)(const Group& g, const Workspace& x, const Parts& f, const int64_t* loads,
+using SolveGroupWithTraffic = void (*)(const Group& g, const Workspace& x, const TrafficSpace& f, const int64_t* loads,
                                        const Traffic& traffic, int32_t* quota, int64_t* rank_load, Result* result,
                                        IterationRow* log);
 

@@ -1,6 +1,7 @@
 #include "assign.h"
 #include "check.h"
 #include "count.h"
+#include "dependent.cuh"
 #include "team.cuh"
 
 namespace lplb::cuda {
@@ -13,12 +14,6 @@ __global__ void __launch_bounds__(kTokenWarps* kWarpSize, 1) assign_kernel(const
   Block<kAnySize> block(nullptr);
   auto* physical = static_cast<Index*>(a.physical);
   const int c = blockIdx.x;
-  if (c == 0 && block.rank() == 0) *a.arrived = 0;
-  if (*a.halt != 0) {
-    const Range range = a.cut.of_block(c);
-    for (int64_t i = range.begin + block.rank(); i < range.end; i += block.size()) physical[i] = -1;
-    return;
-  }
   auto* shares = reinterpret_cast<Proportion*>(memory);
   auto* weight = reinterpret_cast<int32_t*>(shares + a.slots.n_copies);
   auto* start = weight + a.slots.n_copies;
@@ -27,9 +22,16 @@ __global__ void __launch_bounds__(kTokenWarps* kWarpSize, 1) assign_kernel(const
   Slots slots = a.slots;
   block.each(slots.n_copies, [&](int i) { copy_slot[i] = a.slots.copy_slot[i]; });
   block.each(slots.n_logical, [&](int e) { to[e] = a.slots.to[e]; });
-  find_shares(block, a.slots, a.rule, weight, start, shares);
   slots.copy_slot = copy_slot;
   slots.to = to;
+  wait_for_previous();
+  if (c == 0 && block.rank() == 0) *a.arrived = 0;
+  if (*a.halt != 0) {
+    const Range range = a.cut.of_block(c);
+    for (int64_t i = range.begin + block.rank(); i < range.end; i += block.size()) physical[i] = -1;
+    return;
+  }
+  find_shares(block, a.slots, a.rule, weight, start, shares);
   block.sync();
   assign_block(block, static_cast<const Index*>(a.indices), physical, a.cut, c, slots, shares, start,
                to + slots.n_logical, a.warp_prefix + static_cast<int64_t>(c) * block.n_warps() * slots.n_logical,
@@ -50,10 +52,9 @@ void allow_assign_shared(size_t bytes) {
 void launch_assign(const AssignArguments& a, int index_bytes, int blocks, int warps, cudaStream_t stream) {
   const size_t shared = assign_shared(a.slots.n_logical, a.slots.n_copies, warps);
   if (index_bytes == 8)
-    assign_kernel<int64_t><<<blocks, warps * kWarpSize, shared, stream>>>(a);
+    launch_dependent(assign_kernel<int64_t>, a, blocks, warps * kWarpSize, shared, stream);
   else
-    assign_kernel<int32_t><<<blocks, warps * kWarpSize, shared, stream>>>(a);
-  LPLB_CUDA_CHECK(cudaGetLastError());
+    launch_dependent(assign_kernel<int32_t>, a, blocks, warps * kWarpSize, shared, stream);
 }
 
 }  // namespace lplb::cuda

@@ -1,5 +1,6 @@
 #include "check.h"
 #include "count.h"
+#include "dependent.cuh"
 #include "team.cuh"
 
 namespace lplb::cuda {
@@ -12,6 +13,7 @@ __global__ void __launch_bounds__(kTokenWarps* kWarpSize, 1) count_kernel(const 
   extern __shared__ int32_t counters[];
   __shared__ bool is_last;
   Block<kAnySize> block(nullptr);
+  let_next_begin();
   const int c = blockIdx.x, n_blocks = gridDim.x;
   const int outside =
       count_block(block, static_cast<const Index*>(a.indices), a.cut, c, a.n_logical, counters,

@@ -8,12 +8,18 @@
 
 namespace lplb::cuda {
 
-// A way to run the solve: which kernel, and how wide its matrix is.
+// A way to run the solve: which kernels, and how wide the matrix is.
 struct SolveKernel {
   const char* algebra;
-  int threads, width;                    // width: the matrix for the group size at hand
-  void (*kernel)(const SolveArguments);  // launched with `threads` and solve_shared()
+  int threads, width;                  // width: the matrix for the group size at hand
+  void (*ipm)(const SolveArguments);   // launched with `threads` and solve_shared()
+  void (*flow)(const SolveArguments);  // likewise; it needs no algebra
+
+  auto of(Solver solver) const { return solver == Solver::flow ? flow : ipm; }
 };
+
+// Up to 16 ranks one warp has a row per member and meets no barrier; above 64 ranks the matrix wants more threads.
+constexpr int builtin_threads(int n_ranks) { return n_ranks <= 16 ? kWarpSize : n_ranks <= 64 ? 128 : 256; }
 
 // For groups of n_ranks.
 SolveKernel builtin_kernel(int n_ranks);

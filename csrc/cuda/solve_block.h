@@ -82,10 +82,11 @@ LPLB_HD inline bool add_up(Team& team, const SharedGroup& g, const SolveArgument
 }
 
 // One block's share of a launch: block b has group b % n_groups of load b / n_groups. memory: solve_block_bytes()
-// behind what the team itself wants.
-template <int kWords, class Team, class Algebra>
-LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArguments& a, int64_t block,
-                                std::byte* memory) {
+// behind what the team itself wants. solver: a.solver, or OnlySolver of it. wait_for_input() is called by all members
+// before they read or write anything of a but its image.
+template <int kWords, class Team, class Algebra, class AnySolver, class F>
+LPLB_HD inline void solve_block(Team& team, Algebra algebra, AnySolver solver, const SolveArguments& a, int64_t block,
+                                std::byte* memory, F wait_for_input) {
   struct alignas(16) Word {
     uint64_t low, high;
   };
@@ -99,6 +100,7 @@ LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArgument
   carve(g, memory + d.staged_bytes, x);
   g.expert_ranks = x.sets;
   g.rank_replica_ranks = x.sets + kWords * g.n_experts;
+  wait_for_input();
   team.sync();
 
   const bool usable = a.table.from.first == nullptr || add_up(team, g, a);
@@ -109,7 +111,7 @@ LPLB_HD inline void solve_block(Team& team, Algebra algebra, const SolveArgument
     team.each(n_set_words(d), [&](int i) { x.sets[i] = sets[i]; });
   };
   const Fewest few{a.fewest, a.table.from, a.n_physical / a.n_ranks};
-  solve_group<kWords>(team, algebra, g, x, a.loads + load * a.n_logical, few, a.solver, plan,
+  solve_group<kWords>(team, algebra, g, x, a.loads + load * a.n_logical, few, solver, plan,
                       a.log != nullptr ? a.log + group * (kMaxIterations + 1) : nullptr, copy_sets);
   if (team.rank() != 0) return;
   a.max_load[block] = result.max_load;

@@ -19,10 +19,6 @@ namespace lplb::cuda {
 
 namespace {
 
-// As many threads as cmake/mathdx.cmake had the functions made for.
-template <int kThreads>
-using TeamOf = std::conditional_t<kThreads == kWarpSize, Warp, Block<kThreads>>;
-
 // The lower triangle of M becomes its Cholesky factor. The library wants all threads of the block, and neither begins
 // nor ends with a barrier.
 template <int kWidth>
@@ -60,23 +56,23 @@ struct CuSolverDx {
   }
 };
 
+// kThreads: as many as cmake/mathdx.cmake had the functions made for. The flow solver's kernel is the builtin one.
+template <int kWidth, int kThreads>
+SolveKernel kernel_of() {
+  static_assert(kThreads == builtin_threads(kWidth), "the flow solver is launched with as many threads");
+  using Team = std::conditional_t<kThreads == kWarpSize, Warp, Block<kThreads>>;
+  return {"cusolverdx", kThreads, kWidth, ipm_kernel<Team, set_words(kWidth), CuSolverDx<kWidth>>,
+          builtin_kernel(kWidth).flow};
+}
+
 }  // namespace
 
 SolveKernel cusolverdx_kernel(int n_ranks) {
-  if (n_ranks <= 8)
-    return {"cusolverdx", LPLB_CUSOLVERDX_THREADS_8, 8,
-            solve_kernel<TeamOf<LPLB_CUSOLVERDX_THREADS_8>, 1, CuSolverDx<8>>};
-  if (n_ranks <= 16)
-    return {"cusolverdx", LPLB_CUSOLVERDX_THREADS_16, 16,
-            solve_kernel<TeamOf<LPLB_CUSOLVERDX_THREADS_16>, 1, CuSolverDx<16>>};
-  if (n_ranks <= 32)
-    return {"cusolverdx", LPLB_CUSOLVERDX_THREADS_32, 32,
-            solve_kernel<TeamOf<LPLB_CUSOLVERDX_THREADS_32>, 1, CuSolverDx<32>>};
-  if (n_ranks <= 64)
-    return {"cusolverdx", LPLB_CUSOLVERDX_THREADS_64, 64,
-            solve_kernel<TeamOf<LPLB_CUSOLVERDX_THREADS_64>, 1, CuSolverDx<64>>};
-  return {"cusolverdx", LPLB_CUSOLVERDX_THREADS_128, 128,
-          solve_kernel<TeamOf<LPLB_CUSOLVERDX_THREADS_128>, 2, CuSolverDx<128>>};
+  if (n_ranks <= 8) return kernel_of<8, LPLB_CUSOLVERDX_THREADS_8>();
+  if (n_ranks <= 16) return kernel_of<16, LPLB_CUSOLVERDX_THREADS_16>();
+  if (n_ranks <= 32) return kernel_of<32, LPLB_CUSOLVERDX_THREADS_32>();
+  if (n_ranks <= 64) return kernel_of<64, LPLB_CUSOLVERDX_THREADS_64>();
+  return kernel_of<128, LPLB_CUSOLVERDX_THREADS_128>();
 }
 
 }  // namespace lplb::cuda

@@ -47,6 +47,7 @@ DeviceGroup add_group(Image& image, const Group& g) {
   d.n_experts = g.n_experts;
   d.n_replicas = g.n_replicas;
   d.n_singles = g.n_singles;
+  d.n_waves = g.n_waves;
   d.first_rank = g.first_rank;
   d.unit_speed = g.unit_speed;
   d.staged = static_cast<uint32_t>(image.size());
@@ -57,6 +58,8 @@ DeviceGroup add_group(Image& image, const Group& g) {
   d.rank_begin = staged(image.add<uint16_t>(g.rank_begin, g.n_ranks + 1));
   d.replica_expert = staged(image.add<uint16_t>(g.replica_expert, g.n_replicas));
   d.rank_replica = staged(image.add<uint16_t>(g.rank_replica, g.n_replicas));
+  d.wave_begin = staged(image.add<uint16_t>(g.wave_begin, g.n_waves + 1));
+  d.wave_expert = staged(image.add<uint16_t>(g.wave_expert, g.n_experts));
   d.replica_rank = staged(image.add<uint8_t>(g.replica_rank, g.n_replicas));
   d.staged_bytes = static_cast<uint32_t>(image.size()) - d.staged;
 

@@ -11,10 +11,11 @@ namespace lplb::cuda {
 
 // Offsets from the image's begin, or, of what is staged, from the begin of the staged part.
 struct DeviceGroup {
-  int32_t n_ranks, n_padded, n_experts, n_replicas, n_singles, first_rank, unit_speed;
+  int32_t n_ranks, n_padded, n_experts, n_replicas, n_singles, n_waves, first_rank, unit_speed;
   // every iteration reads these: a block copies them to shared memory, in words of 16 bytes
   uint32_t staged, staged_bytes;
-  uint32_t expert_begin, replica_rank, replica_expert, rank_begin, rank_replica, speed, inv_speed;
+  uint32_t expert_begin, replica_rank, replica_expert, rank_begin, rank_replica, wave_begin, wave_expert, speed,
+      inv_speed;
   // flow and rounding read these, and copy them when the matrix is gone: expert_ranks, then rank_replica_ranks
   uint32_t sets;
   // these are read once or twice
@@ -32,6 +33,7 @@ LPLB_HD inline SharedGroup group_at(const DeviceGroup& d, const std::byte* image
   g.n_experts = d.n_experts;
   g.n_replicas = d.n_replicas;
   g.n_singles = d.n_singles;
+  g.n_waves = d.n_waves;
   g.first_rank = d.first_rank;
   g.unit_speed = d.unit_speed != 0;
   g.expert_begin = reinterpret_cast<const uint16_t*>(staged + d.expert_begin);
@@ -39,6 +41,8 @@ LPLB_HD inline SharedGroup group_at(const DeviceGroup& d, const std::byte* image
   g.replica_expert = reinterpret_cast<const uint16_t*>(staged + d.replica_expert);
   g.rank_begin = reinterpret_cast<const uint16_t*>(staged + d.rank_begin);
   g.rank_replica = reinterpret_cast<const uint16_t*>(staged + d.rank_replica);
+  g.wave_begin = reinterpret_cast<const uint16_t*>(staged + d.wave_begin);
+  g.wave_expert = reinterpret_cast<const uint16_t*>(staged + d.wave_expert);
   g.speed = reinterpret_cast<const double*>(staged + d.speed);
   g.inv_speed = reinterpret_cast<const double*>(staged + d.inv_speed);
   g.expert_ranks = sets;
