@@ -130,7 +130,8 @@ class ExpertParallelMoE(nn.Module):
             self.n_experts = whole_number("n_experts", n_experts, 1)
             self.top_k = whole_number("top_k", top_k, 1, self.n_experts)
             self.lag = whole_number("lag", lag, 0, 1)
-            router = torch.empty(self.n_experts, self.hidden_size, device=device, dtype=_checked_dtype(dtype))
+            with torch.inference_mode(False):
+                router = torch.empty(self.n_experts, self.hidden_size, device=device, dtype=_checked_dtype(dtype))
             _check_balancer(balancer, self._ranks, self.n_experts, router.device)
             self.router = nn.Parameter(router)
             self.placement, self.home = _placement_of(balancer, self.n_experts, self._ranks.size)

@@ -44,14 +44,16 @@ class SlotWeights(nn.Module):
         self.is_home = list(is_home)
         self._rows: dict[str, Tensor] = {}
         self._leaves: dict[str, list[Tensor]] = {}
-        for name, shape in shapes.items():
-            setattr(self, name, nn.ParameterDict())
-            rows = torch.empty(len(self.experts), *shape, device=device, dtype=dtype)
-            self._rows[name] = rows
-            self._leaves[name] = [row.detach().requires_grad_() for row in rows]
-            for slot, row in enumerate(rows):
-                if self.is_home[slot]:
-                    self._leaves[name][slot] = self._parameters_of(name)[self._key(slot)] = nn.Parameter(row.detach())
+        with torch.inference_mode(False):  # whatever mode the caller builds models in
+            for name, shape in shapes.items():
+                setattr(self, name, nn.ParameterDict())
+                rows = torch.empty(len(self.experts), *shape, device=device, dtype=dtype)
+                self._rows[name] = rows
+                self._leaves[name] = [row.detach().requires_grad_() for row in rows]
+                for slot, row in enumerate(rows):
+                    if self.is_home[slot]:
+                        parameter = nn.Parameter(row.detach())
+                        self._leaves[name][slot] = self._parameters_of(name)[self._key(slot)] = parameter
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call, unused-ignore]
 
     def leaves(self, name: str) -> list[Tensor]:

@@ -231,3 +231,14 @@ def test_frozen_weights_stay_frozen():
         leaf.requires_grad_(False)
     layer.follow(PLACEMENTS["another eplb"](None))
     assert not any(leaf.requires_grad for leaf in leaves_of(layer))
+
+
+def test_what_inference_mode_has_made_can_be_trained():
+    plain = layer_of("none", 1, None)
+    with torch.inference_mode():
+        layer = layer_of("none", 1, None)
+        layer.follow(PLACEMENTS["eplb"](None))
+        layer(tokens(1, 10)[0])
+        layer.follow(PLACEMENTS["another eplb"](None))
+    x, grad = tokens(0, 30)
+    assert_near(of_all([step(layer, x, grad)]), of_all([step(plain, x, grad)]), 1e-12)
