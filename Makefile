@@ -20,6 +20,7 @@ test: $(READY)
 
 bench: $(READY)  # --write keeps the figures; then benchmarks/readme_table.py puts them into the README
 	$(BIN)/python benchmarks/bench_cpu.py
+	$(BIN)/python benchmarks/bench_ep.py
 
 gpu:  # on a machine with a GPU; settings and use without network are described in the script
 	PYTHON="$(PYTHON)" benchmarks/gpu.sh
