@@ -56,6 +56,19 @@ LPLB_HD inline double whole_level(Warp& warp, const AnyGroup& g, RankSet<kWords>
   }
 }
 
+// rank_tokens: what single_tokens and quota come to.
+template <class Team, class AnyGroup>
+LPLB_HD inline void add_up_ranks(Team& team, const AnyGroup& g, const Workspace& x) {
+  team.each(g.n_ranks, [&](int r) {
+    int64_t tokens = x.single_tokens[r];
+    in_order<4>(
+        g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return x.quota[g.rank_replica[i]]; },
+        [&](int, int64_t quota) { tokens += quota; });
+    x.rank_tokens[r] = tokens;
+  });
+  team.sync();
+}
+
 // Rounds down. x.tokens keeps what is left of each expert, fewer tokens than it has replicas.
 template <class Team, class AnyGroup>
 LPLB_HD inline void round_down(Team& team, const AnyGroup& g, const Workspace& x, double mean) {
@@ -71,14 +84,7 @@ LPLB_HD inline void round_down(Team& team, const AnyGroup& g, const Workspace& x
     x.tokens[e] = left;
   });
   team.sync();
-  team.each(g.n_ranks, [&](int r) {
-    int64_t tokens = x.single_tokens[r];
-    in_order<4>(
-        g.rank_begin[r], g.rank_begin[r + 1], [&](int i) { return x.quota[g.rank_replica[i]]; },
-        [&](int, int64_t quota) { tokens += quota; });
-    x.rank_tokens[r] = tokens;
-  });
-  team.sync();
+  add_up_ranks(team, g, x);
 }
 
 // What is left of an expert goes to its lightest rank, the first of equals, as the ranks were before its batch.
