@@ -192,6 +192,10 @@ Problem chain() {
   }
   p.loads.assign(p.n_logical, kTokens);
   p.loads[kRanks] = 0;
+  p.counts.assign(kRanks * p.n_logical, 0);
+  for (int e = 0; e < kRanks; ++e) p.counts[e * p.n_logical + e] = kTokens;
+  p.ranks_per_node = 8;
+  p.weight = 0.1;
   p.speed.assign(kRanks, 1.0);
   p.groups = std::make_unique<GroupTables>(p.phy2log, p.n_logical, p.n_ranks, p.group_size, p.speed,
                                            BuiltinAlgebra<kMaxGroup>::width(p.group_size));
