@@ -22,6 +22,7 @@ _SENTENCES = (
     "The interior point stopped at its iteration limit; the plan is feasible, and its gap says how far it may be off.",
     "The solver met the limits of float64; the plan is feasible, and its gap says how far it may be off.",
     "The group had fewer tokens than min_tokens: they take the fixed split, own rank first, then own node.",
+    "A rank's input was refused on a CUDA device: the plan is of no batch, and tokens take the fixed split.",
 )
 
 
@@ -32,6 +33,7 @@ class SolveStatus(IntEnum):
     ITERATION_LIMIT = 1
     NUMERICAL = 2
     SKIPPED = 3
+    REFUSED = 4
 
     @property
     def sentence(self) -> str:

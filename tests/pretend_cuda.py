@@ -61,15 +61,19 @@ class CudaPlanner:
             differing = (rows[:, self._n_logical :] != [0, *words]).any(axis=1)
             if differing.any():
                 self._faults[1] = 1 + int(differing.argmax())
-                self._nothing_mapped = True
+                self._refuse(out)
                 return
         if _C.total(table, self._n_logical, loads) >= 2**31:
             self._faults[2] = 1
-            self._nothing_mapped = True
+            self._refuse(out)
             return
         solved = self._cpu.solve(loads, 1, table, fewest, solver, out, log, 1)
         if counter:
             _C.add(counter, counter_bytes, solved)
+
+    def _refuse(self, out):
+        self._nothing_mapped = True
+        array(out[6], np.int32, self._n_groups)[:] = 4
 
     def assign(self, *arguments):
         indices, index_bytes, n, blocks, length, prefix, table, source, split, plan, physical, _ = arguments

@@ -280,6 +280,7 @@ void check_refusals(const Batch& b, int size) {
     const Blocks<int64_t> got = on_blocks<int64_t>(b, Solver::ipm, size, wrong);
     const std::string what = b.name + ": a table that is wrong in way " + std::to_string(static_cast<int>(wrong));
     check(got.halt == 1, what + " is taken");
+    check(got.results.status[0] == static_cast<int32_t>(Status::refused), what + " has a plan");
     // expert 0 has too many, so only its group is not counted
     const int others = wrong == Wrong::too_many ? b.n_ranks / b.group_size - 1 : 0;
     check(got.results.counter == 5 + others, what + " leaves the counter at " + std::to_string(got.results.counter));

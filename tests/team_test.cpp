@@ -256,7 +256,7 @@ void solve_one(Team& team, const Problem& p, Way way, const Group& group, std::b
   if (way == with_traffic) {
     TrafficSpace f;
     carve_traffic(group, rest, f);
-    const Traffic traffic{p.counts.data(), p.n_logical, p.n_ranks, p.ranks_per_node, p.weight};
+    const Traffic traffic{{p.counts.data(), p.n_logical, p.n_ranks, p.ranks_per_node}, p.weight};
     solve_group_with_traffic<kWords>(team, BuiltinAlgebra<kMaxGroup>{}, group, x, f, p.loads.data(), traffic, plan,
                                      log);
     return;

@@ -41,7 +41,7 @@ LPLB_HD inline void find_shares(Team& team, const Slots& slots, const ShareRule&
     const Copies copies{e, slots.copy_end[c] - c, slots.copy_slot + c, rule.quota, slots.slots_per_rank};
     const auto put = [&](int i, int64_t w) { weight[c + i] = static_cast<int32_t>(w); };
     const int group = copies.rank(0) / rule.group_size;
-    start[c] = static_cast<int32_t>(rule.status[group] == static_cast<int32_t>(Status::skipped)
+    start[c] = static_cast<int32_t>(takes_fixed_split(rule.status[group])
                                         ? FixedShares(rule.from, copies, rule.source).put_all(put)
                                         : own_shares(rule.from, copies, rule.source, rule.split, put));
   });
@@ -79,22 +79,24 @@ LPLB_HD inline void assign_block(Block& block, const Index* indices, Index* phys
       [&](int row) {
         const int e = row * kWarpSize + warp.rank();
         const int32_t to = slots.to[e];
-        return before_warp[e] + (before_block != nullptr ? before_block[e] : 0) +
-               (to < 0 ? start[Slots::first_copy(to)] : 0);
+        auto before = static_cast<uint32_t>(before_warp[e]);
+        if (before_block != nullptr) before += static_cast<uint32_t>(before_block[e]);
+        if (to < 0) before += static_cast<uint32_t>(start[Slots::first_copy(to)]);
+        return before;
       },
-      [&](int row, int32_t before) { own[row * kWarpSize + warp.rank()] = before; });
+      [&](int row, uint32_t before) { own[row * kWarpSize + warp.rank()] = static_cast<int32_t>(before); });
   warp.sync();
   const Range range = cut.of_warp(c, block.warp_index(), block.n_warps());
   const uint32_t lower = (uint32_t{1} << warp.rank()) - 1;
   tokens::for_each(warp, indices, range, [&](int64_t i, Index index) {
     const int e = tokens::expert_of(index, slots.n_logical);
     const uint32_t same = warp.match(static_cast<uint32_t>(e));
-    const int32_t first = e >= 0 ? own[e] : 0;
+    const uint32_t first = e >= 0 ? static_cast<uint32_t>(own[e]) : 0;
     warp.sync();
-    if (e >= 0 && lowest_bit(same) == warp.rank()) own[e] = first + count_bits(same);
+    if (e >= 0 && lowest_bit(same) == warp.rank()) own[e] = static_cast<int32_t>(first + count_bits(same));
     warp.sync();
     const int32_t slot =
-        e >= 0 ? slot_of(slots, shares, e, static_cast<uint32_t>(first + count_bits(same & lower))) : -1;
+        e >= 0 ? slot_of(slots, shares, e, first + static_cast<uint32_t>(count_bits(same & lower))) : -1;
     if (i < range.end) physical[i] = static_cast<Index>(slot);
   });
 }

@@ -31,6 +31,7 @@
 #pragma once
 
 #include "ipm.h"
+#include "shares.h"
 #include "traffic.h"
 
 namespace lplb {
@@ -54,11 +55,9 @@ LPLB_HD inline void each_node(const AnyGroup& g, const TrafficSpace& f, int e, F
 
 // The tokens of an expert on the ranks of node k.
 LPLB_HD inline int64_t node_tokens(const Traffic& t, int k, int logical) {
-  const int begin = k * t.ranks_per_node;
-  const int end = begin + t.ranks_per_node < t.n_ranks ? begin + t.ranks_per_node : t.n_ranks;
+  const int begin = node_begin(t.from, k), end = node_end(t.from, k);
   int64_t tokens = 0;
-  in_order<4>(
-      begin, end, [&](int r) { return t.counts[r * t.stride + logical]; }, [&](int, int32_t n) { tokens += n; });
+  in_order<4>(begin, end, [&](int r) { return tokens_of(t.from, r, logical); }, [&](int, int64_t n) { tokens += n; });
   return tokens;
 }
 
@@ -72,11 +71,11 @@ LPLB_HD inline void find_bounds(Team& team, const AnyGroup& g, const TrafficSpac
     LPLB_LOOP
     for (int p = g.expert_begin[e]; p < g.expert_begin[e + 1]; ++p) {
       const int rank = g.first_rank + g.replica_rank[p];
-      f.bound[p] = static_cast<double>(t.counts[rank * t.stride + logical]) * inv_mean;
+      f.bound[p] = static_cast<double>(tokens_of(t.from, rank, logical)) * inv_mean;
       f.bound[g.n_replicas + p] = 0.0;
-      if (rank / t.ranks_per_node != k) {
+      if (rank / t.from.ranks_per_node != k) {
         node = p;
-        k = rank / t.ranks_per_node;
+        k = rank / t.from.ranks_per_node;
         f.bound[g.n_replicas + p] = static_cast<double>(node_tokens(t, k, logical)) * inv_mean;
       }
       f.node_begin[p] = node;
@@ -393,6 +392,8 @@ LPLB_HD inline TrafficOutcome interior_point_with_traffic(Team& team, Algebra al
   double mu = at_start[1] * inv_n_on;
   TrafficOutcome result{{0.0, 0.0, 0, Status::iteration_limit}, 0.0};
   IpmOutcome& out = result.ipm;
+  // The bound of u = e_r/v_r for the fullest single experts: with speeds far apart the first duals say less.
+  out.bound = team.few_maxima(g.n_ranks, [&](int r) { return x.a[r] * g.inv_speed[r]; })[0];
 
   for (;; ++out.iterations) {
     result.max_load = team.few_maxima(g.n_ranks, [&](int r) { return t - f.y[n + r] * g.inv_speed[r]; })[0];

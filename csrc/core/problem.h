@@ -50,7 +50,11 @@ struct BasicGroup {
 };
 using Group = BasicGroup<int32_t, int32_t>;
 
-enum class Status : int32_t { solved = 0, iteration_limit = 1, numerical = 2, skipped = 3 };
+// skipped: too few tokens to be worth a plan. refused: the counts were not as they must be, and the plan is of nothing.
+enum class Status : int32_t { solved = 0, iteration_limit = 1, numerical = 2, skipped = 3, refused = 4 };
+
+LPLB_HD constexpr bool takes_fixed_split(int32_t status) { return status >= static_cast<int32_t>(Status::skipped); }
+
 enum class Solver : int32_t { ipm = 0, flow = 1 };
 
 // How a source rank's tokens share out the quotas. plain: all sources alike. local_first: a copy takes tokens of its

@@ -97,6 +97,33 @@ struct FixedShares {
   }
 };
 
+// All sources' tokens of an expert by the fixed split: add(i, tokens), what a source sends to copy i. A source's token
+// k of n goes to copy j of its m where nested proportion takes it there: ⌊(first + n + j)/m⌋ - ⌊(first + j)/m⌋ of them.
+template <class Add>
+LPLB_HD inline void add_fixed_shares(const Sources& from, const Copies& of, Add add) {
+  int node_end = 0, first = 0, last = 0;  // copies of the source's node; none where it has no node
+  LPLB_LOOP
+  for (int r = 0; r < from.n_ranks; ++r) {
+    if (from.ranks_per_node > 0 && r == node_end) {
+      node_end += from.ranks_per_node;
+      for (first = last; last < of.n && of.rank(last) < node_end;) ++last;
+    }
+    const auto tokens = static_cast<uint32_t>(tokens_of(from, r, of.expert));
+    if (tokens == 0) continue;
+    int begin = first, end = last;
+    for (int i = first; i < last; ++i)
+      if (of.rank(i) == r) begin = i, end = i + 1;
+    if (begin == end) begin = 0, end = of.n;
+    const auto m = static_cast<uint32_t>(end - begin);
+    const uint32_t each = tokens / m, rest = tokens % m;
+    uint32_t at = static_cast<uint32_t>(r) % m;
+    for (int i = begin; i < end; ++i) {
+      add(i, each + (at + rest >= m ? 1 : 0));
+      at = at + 1 == m ? 0 : at + 1;
+    }
+  }
+}
+
 // The quotas add up to the sources' tokens. put(i, weight) is called once for every copy. Returns the number of the
 // source's first token.
 //

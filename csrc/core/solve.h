@@ -53,15 +53,7 @@ LPLB_HD inline void split_fixed(Team& team, const AnyGroup& g, const Workspace& 
     const int begin = g.expert_begin[e], n = g.expert_begin[e + 1] - begin;
     const Copies copies{g.expert_logical[e], n, g.replica_slot + begin, nullptr, few.slots_per_rank};
     for (int i = 0; i < n; ++i) x.quota[begin + i] = 0;
-    LPLB_LOOP
-    for (int r = 0; r < few.from.n_ranks; ++r) {
-      const int64_t tokens = tokens_of(few.from, r, copies.expert);
-      if (tokens == 0) continue;
-      const FixedShares fixed(few.from, copies, r);
-      spread(
-          fixed.first_token(), tokens, n, [&](int i) { return fixed.weight(i); },
-          [&](int i, int64_t share) { x.quota[begin + i] += share; });
-    }
+    add_fixed_shares(few.from, copies, [&](int i, int64_t tokens) { x.quota[begin + i] += tokens; });
   });
   team.sync();
   rounding::add_up_ranks(team, g, x);

@@ -16,10 +16,8 @@ inline constexpr double kNodeCost = 1.0 / 8.0;
 
 // Whose tokens a plan is for, and what their way costs.
 struct Traffic {
-  const int32_t* counts;  // [n_ranks, stride] tokens of every source rank, of all groups, by logical expert
-  int64_t stride;
-  int n_ranks, ranks_per_node;  // nodes are ranks in a row; the last may have fewer
-  double weight;                // of the cost: weight · (tokens across nodes + κ · tokens across a node's ranks) / Σ v
+  Sources from;   // of all groups
+  double weight;  // of the cost: weight · (tokens across nodes + κ · tokens across a node's ranks) / Σ v
 };
 
 // Where one solve works beside its Workspace. A node of an expert, the replicas that it has on one node, goes by the
@@ -32,6 +30,8 @@ struct TrafficSpace {
   double* replica_h;                             // [n_replicas] h before nodes are eliminated
   double *inv_node, *excess;                     // [n_replicas] of nodes: 1/(S + H), T - G
 };
+
+inline namespace LPLB_ISA {
 
 template <class AnyGroup>
 LPLB_HD inline int n_traffic_pairs(const AnyGroup& g) {
@@ -72,4 +72,5 @@ LPLB_HD inline size_t carve_traffic(const AnyGroup& g, std::byte* base, TrafficS
   return used;
 }
 
+}  // namespace LPLB_ISA
 }  // namespace lplb

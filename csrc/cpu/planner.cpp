@@ -50,7 +50,6 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
       n_physical_(static_cast<int>(phy2log.size())),
       n_ranks_(n_ranks),
       group_size_(group_size),
-      max_threads_(max_threads),
       groups_(phy2log, n_logical, n_ranks, group_size, speed, BuiltinAlgebra<kMaxGroup>::width(group_size)),
       isa_(best_instruction_set()) {
   for (const int32_t e : phy2log) ++log2phy_begin_[e + 1];
@@ -122,7 +121,7 @@ int64_t Planner::solve(const int64_t* loads, int64_t batch, const Sources& from,
 int64_t Planner::solve_traffic(const int64_t* loads, const Sources& from, int64_t fewest, double weight,
                                const PlanArrays& out, IterationRow* log) {
   const Fewest few{fewest, from, n_physical_ / n_ranks_};
-  const Traffic traffic{from.first, from.stride, from.n_ranks, from.ranks_per_node, weight};
+  const Traffic traffic{from, weight};
   int64_t solved = 0;
   for (int g = 0; g < groups_.size(); ++g) {
     Result r;
@@ -141,7 +140,7 @@ template <class Put>
 int64_t Planner::shares_of(const Copies& copies, const Sources& from, int source, Split split, const int32_t* status,
                            Put put) const {
   const int group = copies.rank(0) / group_size_;
-  if (status[group] == static_cast<int32_t>(Status::skipped)) return FixedShares(from, copies, source).put_all(put);
+  if (takes_fixed_split(status[group])) return FixedShares(from, copies, source).put_all(put);
   return own_shares(from, copies, source, split, put);
 }
 
@@ -187,7 +186,8 @@ void Planner::assign(const Index* indices, Chunks chunks, const int32_t* prefix,
         *share = {0, 0, 0, *slot, *slot};
         continue;
       }
-      uint64_t k = shares.starts[e] + (c > 0 ? prefix[static_cast<int64_t>(c - 1) * n_logical_ + e] : 0);
+      uint64_t k = static_cast<uint32_t>(shares.starts[e]);  // of another batch than prefix: the sum may pass 2^31
+      if (c > 0) k += static_cast<uint32_t>(prefix[static_cast<int64_t>(c - 1) * n_logical_ + e]);
       uint32_t tokens = 0;
       for (const int32_t* s = slot; s < end; ++s) tokens += shares.weights[*s];
       for (;; ++slot) {

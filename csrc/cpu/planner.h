@@ -71,7 +71,7 @@ class Planner {
                     Put put) const;
 
   std::vector<int32_t> log2phy_begin_, log2phy_;  // slots of every logical expert, ascending
-  int n_logical_, n_physical_, n_ranks_, group_size_, max_threads_;
+  int n_logical_, n_physical_, n_ranks_, group_size_;
   GroupTables groups_;
   InstructionSet isa_;
   size_t memory_size_ = 0;

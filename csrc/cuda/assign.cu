@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kTokenWarps* kWarpSize, 1) assign_kernel(const
     for (int64_t i = range.begin + block.rank(); i < range.end; i += block.size()) physical[i] = -1;
     return;
   }
-  find_shares(block, a.slots, a.rule, weight, start, shares);
+  block.sync();
+  find_shares(block, slots, a.rule, weight, start, shares);
   block.sync();
   assign_block(block, static_cast<const Index*>(a.indices), physical, a.cut, c, slots, shares, start,
                to + slots.n_logical, a.warp_prefix + static_cast<int64_t>(c) * block.n_warps() * slots.n_logical,

@@ -8,6 +8,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "check.h"
@@ -31,7 +33,10 @@ __device__ inline void wait_for_previous() {
 inline bool dependent_launch_is_wanted() {
   static const bool wanted = [] {
     const char* setting = std::getenv("LPLB_PDL");
-    return setting != nullptr && std::strcmp(setting, "1") == 0;
+    if (setting == nullptr || *setting == '\0' || std::strcmp(setting, "0") == 0) return false;
+    if (std::strcmp(setting, "1") != 0)
+      throw std::invalid_argument(std::string("LPLB_PDL is '") + setting + "', allowed is 0 or 1");
+    return true;
   }();
   return wanted;
 }

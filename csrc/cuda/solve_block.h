@@ -118,8 +118,9 @@ LPLB_HD inline void solve_block(Team& team, Algebra algebra, AnySolver solver, c
   a.lower_bound[block] = result.lower_bound;
   a.gap[block] = result.gap;
   a.iterations[block] = result.iterations;
-  a.status[block] = static_cast<int32_t>(result.status);
-  if (a.table.counter == nullptr || !usable || result.status != Status::solved) return;
+  const Status status = usable ? result.status : Status::refused;
+  a.status[block] = static_cast<int32_t>(status);
+  if (a.table.counter == nullptr || status != Status::solved) return;
   if (a.table.counter_bytes == 8)
     team.add(static_cast<unsigned long long*>(a.table.counter), 1ull);
   else
