@@ -15,11 +15,13 @@ CXX_FILES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o 
 demo: $(READY)
 	$(BIN)/lplb demo
 
-test: $(READY)
-	$(BIN)/python -m pytest tests
+WORKERS ?= 2
+test: $(READY)  # a file's tests stay in one process
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 
 bench: $(READY)  # --write keeps the figures; then benchmarks/readme_table.py puts them into the README
 	$(BIN)/python benchmarks/bench_cpu.py
+	$(BIN)/python benchmarks/bench_ep.py
 
 gpu:  # on a machine with a GPU; settings and use without network are described in the script
 	PYTHON="$(PYTHON)" benchmarks/gpu.sh

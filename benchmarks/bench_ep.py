@@ -6,14 +6,17 @@ Needs highspy and rich (`pip install lplb[test]`). With --write the rows also go
 With --strict the exit code is 1 when a bar is missed.
 
 Traffic is counted on the recorded router trace, on 32 simulated ranks in 4 nodes of 8; placements are made every 16
-batches from the 16 before. Tokens of replicated experts only: the others have no choice.
+batches from the 16 before. Tokens of replicated experts only: the others have no choice. The layer runs on four gloo
+processes, with tokens of one domain: noise around one direction, so that its router prefers few experts.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,6 +27,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
 from cases import eplb_like_placement  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -31,11 +36,13 @@ from rows import Row, machine, print_table, write  # noqa: E402
 
 from lplb import Placement, Plan, Planner, topology  # noqa: E402
 from lplb.exchange import Known  # noqa: E402
+from lplb.nn import ExpertParallelMoE  # noqa: E402
 from lplb.replay import REFRESH, WINDOW, place  # noqa: E402
 from lplb.trace import load_trace  # noqa: E402
 
 N_RANKS, NODE, N_SLOTS, N_EXPERTS = 32, 8, 128, 64
 WEIGHTS = (0.0, 0.001, 0.1, 1.0, 3.0, 10.0, 30.0)
+TOP_K = 6
 CURVE_EVERY = 4  # batches of the trace for a point of the curve
 RUNS = 300
 
@@ -200,6 +207,100 @@ def bench_split() -> list[Row]:
     return rows
 
 
+# The layer, on four processes
+
+
+@dataclass
+class Times:
+    """Seconds of this thread's CPU time, over all batches."""
+
+    layer: float = 0.0
+    planner: float = 0.0
+    experts: float = 0.0
+
+
+def timed(owner: object, name: str, times: Times, field_name: str) -> None:
+    """Add what a method takes to the times."""
+    method = getattr(owner, name)
+
+    def call(*given: object, **named: object) -> object:
+        start = time.thread_time()
+        try:
+            return method(*given, **named)
+        finally:
+            setattr(times, field_name, getattr(times, field_name) + time.thread_time() - start)
+
+    setattr(owner, name, call)
+
+
+def run_layer(rank: int, folder: str, hidden: int, ffn: int, tokens: int, batches: int) -> None:
+    """One rank: tokens of one domain through a layer without and with balancing; results to a file."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    group, found = dist.group.WORLD, []
+    domain = 2 * torch.randn(hidden, generator=torch.Generator().manual_seed(7))
+    for balanced in (False, True):
+        planner = Planner(topology.torus(2, 2), N_EXPERTS + 32, N_EXPERTS, group=group) if balanced else None
+        torch.manual_seed(0)
+        layer = ExpertParallelMoE(hidden, ffn, N_EXPERTS, TOP_K, group=group, balancer=planner)
+        draw, times, slowest = torch.Generator().manual_seed(rank), Times(), []
+        if planner is not None:
+            timed(planner, "run", times, "planner")
+        timed(layer, "_serve", times, "experts")
+        with torch.no_grad():
+            for batch in range(batches + 1):
+                x = domain + torch.randn(tokens, hidden, generator=draw)
+                if batch == 1:  # the first is to warm up
+                    times.layer = times.planner = times.experts = 0.0
+                start = time.thread_time()
+                layer(x)
+                times.layer += time.thread_time() - start
+                assert layer.received is not None
+                plan = None if planner is None else planner.last_plan
+                slowest.append((int(layer.received.sum()), 0 if plan is None else int(plan.rank_load[rank])))
+        found.append((times, slowest))
+    torch.save([(vars(times), slowest) for times, slowest in found], f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def bench_layer() -> list[Row]:
+    """The real layer on four gloo processes: what ranks get against the plan, and what planning costs."""
+    rows = []
+    for name, hidden, ffn, tokens, batches in (
+        ("the trace model's layer (128, 64)", 128, 64, 2048, 8),
+        ("hidden 512, ffn 1024", 512, 1024, 4096, 2),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(run_layer, (folder, hidden, ffn, tokens, batches), 4)
+            plain, balanced = zip(*(torch.load(f"{folder}/{rank}.pt") for rank in range(4)), strict=True)
+        off = max(abs(got - planned) for _, ranks in balanced for got, planned in ranks)
+        busiest = [max(ranks[-1][0] for _, ranks in side) for side in (plain, balanced)]
+        cpu = ["/".join(f"{times['experts']:.2f}" for times, _ in side) for side in (plain, balanced)]
+        part = max(times["planner"] / times["layer"] for times, _ in balanced)
+        shape = f"{name}, {tokens} tokens per rank, 64 experts, top-{TOP_K}"
+        rows += [
+            Row(
+                f"{shape}: a rank's tokens against the plan",
+                off,
+                "tokens",
+                1,
+                "<=",
+                f"busiest rank {busiest[0]} without, {busiest[1]} with; expert CPU s {cpu[0]}, {cpu[1]}",
+            ),
+            Row(
+                f"{shape}: planner and exchange, CPU time of the thread",
+                100 * part,
+                "%",
+                3 if hidden == 512 else None,
+                "<=",
+                "of the layer's forward pass, the largest of 4 ranks",
+            ),
+        ]
+    return rows
+
+
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -208,7 +309,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     where = machine()
-    rows = [*bench_split(), *bench_traffic(), *print_curve()]
+    rows = [*bench_split(), *bench_traffic(), *bench_layer(), *print_curve()]
     print_table([row for row in rows if not row.name.startswith("traffic_weight")], where, "lplb in expert parallelism")
     if arguments.write:
         print("written to", write(rows, where, "ep").relative_to(ROOT))

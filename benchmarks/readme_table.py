@@ -1,16 +1,16 @@
-"""Writes the newest figures of benchmarks/results into the README, between its two markers."""
+"""Writes the newest figures of benchmarks/results into the README, between two markers for each kind."""
 
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- figures: benchmarks/readme_table.py -->", "<!-- end of figures -->"
+KINDS = ("cpu", "ep")
 
 
 def markdown(result: dict, source: str) -> str:  # type: ignore[type-arg]
     """The rows that have a bar, and the machine they were measured on."""
     machine = result["machine"]
-    lines = ["| what | measured | bar | peer in the same run |", "|---|---|---|---|"]
+    lines = ["| what | measured | bar | beside it in the same run |", "|---|---|---|---|"]
     for row in result["rows"]:
         if row["bar"] is None:
             continue
@@ -28,13 +28,16 @@ def markdown(result: dict, source: str) -> str:  # type: ignore[type-arg]
 
 
 def main() -> None:
-    """Rewrite the block in the README."""
-    newest = max((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
-    table = markdown(json.loads(newest.read_text()), newest.relative_to(ROOT).as_posix())
+    """Rewrite the blocks in the README."""
     readme = ROOT / "README.md"
-    head, rest = readme.read_text().split(START)
-    tail = rest.split(END)[1]
-    readme.write_text(f"{head}{START}\n{table}\n{END}{tail}")
+    text = readme.read_text()
+    for kind in KINDS:
+        start, end = f"<!-- figures: benchmarks/readme_table.py {kind} -->", f"<!-- end of figures {kind} -->"
+        newest = max((ROOT / "benchmarks" / "results").glob(f"{kind}-*.json"))
+        table = markdown(json.loads(newest.read_text()), newest.relative_to(ROOT).as_posix())
+        head, rest = text.split(start)
+        text = f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}"
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -78,10 +78,10 @@ class CpuPlanner:
 
             max_load + weight * (tokens across nodes + node_cost * tokens across ranks of a node) / sum of speeds
 
-        where a replica takes its own rank's tokens first, then those of its node, then the rest, which is the least
-        traffic that the quotas allow. Only replicas' tokens count; others have no choice. ``lower_bound`` and ``gap`` are of the whole
-        sum, and a group is solved when its gap is at most ``gap_tolerance``; so a weight below that buys nothing.
-        On one thread.
+        over splits, whose traffic is the least they allow: own rank's tokens first, then the node's. Experts with one
+        slot have no choice and do not enter. ``lower_bound`` and ``gap`` are of the whole sum, and a group is solved
+        when its gap is at most ``gap_tolerance``, so a weight below that buys nothing. With speeds 1 ``max_load`` is
+        at most the fractional solution's, rounded up. Returns how many groups were solved. Runs on one thread.
         """
 
     def shares(

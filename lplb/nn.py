@@ -89,6 +89,8 @@ class ExpertParallelMoE(nn.Module):
             all slots, and a balancer may plan for any number of ranks.
         balancer: a planner of the same ranks for ``n_experts``, or ``None``: then rank ``r`` has the ``r``-th part of
             the experts, in order.
+        lag: 1 lets the balancer plan beside the experts, for the next batch: see `Planner.run`. What goes wrong in its
+            exchange is then raised by the next `forward`.
         device: where weights and tokens are; by default torch's default device.
         dtype: of weights and tokens, float16, bfloat16, float32 or float64; by default torch's default dtype.
 
@@ -113,6 +115,7 @@ class ExpertParallelMoE(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,
         balancer: Planner | None = None,
+        lag: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -126,6 +129,7 @@ class ExpertParallelMoE(nn.Module):
             self.ffn_size = whole_number("ffn_size", ffn_size, 1)
             self.n_experts = whole_number("n_experts", n_experts, 1)
             self.top_k = whole_number("top_k", top_k, 1, self.n_experts)
+            self.lag = whole_number("lag", lag, 0, 1)
             with torch.inference_mode(False):
                 router = torch.empty(self.n_experts, self.hidden_size, device=device, dtype=_checked_dtype(dtype))
             _check_balancer(balancer, self._ranks, self.n_experts, router.device)
@@ -135,7 +139,7 @@ class ExpertParallelMoE(nn.Module):
             self.reset_parameters()
 
         settings = (
-            f"hidden_size {hidden_size}, ffn_size {ffn_size}, n_experts {n_experts}, top_k {top_k}, dtype "
+            f"hidden_size {hidden_size}, ffn_size {ffn_size}, n_experts {n_experts}, top_k {top_k}, lag {lag}, dtype "
             f"{dtype or torch.get_default_dtype()}, {'no balancer' if balancer is None else 'a balancer'}"
         )
         exchange.together(
@@ -307,7 +311,7 @@ class ExpertParallelMoE(nn.Module):
         slot = expert
         if self.balancer is not None:
             try:
-                slot = self.balancer.run(expert, None)
+                slot = self.balancer.run(expert, None, lag=self.lag)
             except (TypeError, ValueError) as problem:  # not that a rank is lost: then nothing can be agreed on
                 slot, error = torch.full_like(expert, -1), error or problem
         slot = slot.flatten()

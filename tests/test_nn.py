@@ -61,10 +61,10 @@ BALANCERS = {
 }
 
 
-def layer_of(balancer, n_ranks, group, dtype=torch.float64, hidden=HIDDEN, top_k=TOP_K):
+def layer_of(balancer, n_ranks, group, dtype=torch.float64, hidden=HIDDEN, top_k=TOP_K, lag=0):
     planner = BALANCERS[balancer](n_ranks, group)
     torch.manual_seed(0)
-    return ExpertParallelMoE(hidden, FFN, N_EXPERTS, top_k, group=group, balancer=planner, dtype=dtype)
+    return ExpertParallelMoE(hidden, FFN, N_EXPERTS, top_k, group=group, balancer=planner, lag=lag, dtype=dtype)
 
 
 def tokens(seed, n, dtype=torch.float64):
@@ -143,8 +143,8 @@ def assert_near(got, want, tolerance):
 
 def run_cases(rank, size, cases):
     record = []
-    for balancer, n_tokens in cases:
-        layer = layer_of(balancer, size, dist.group.WORLD)
+    for balancer, n_tokens, lag in cases:
+        layer = layer_of(balancer, size, dist.group.WORLD, lag=lag)
         record.append([step(layer, *tokens(10 * seed + rank, n_tokens[rank])) for seed in range(2)])
     return record
 
@@ -174,7 +174,9 @@ CASES = {
 
 
 def cases_of(size):
-    return [(name, SOME) for name in CASES[size]] + [("none", NONE_AT_ALL), ("eplb", NONE_AT_ALL)]
+    idle = [("none", NONE_AT_ALL, 0), ("eplb", NONE_AT_ALL, 0), ("eplb", NONE_AT_ALL, 1)]
+    lagged = [(name, SOME, 1) for name in CASES[size] if name != "none"]
+    return [(name, SOME, 0) for name in CASES[size]] + lagged + idle
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -186,7 +188,7 @@ def test_outputs_gradients_and_loads(size, tmp_path, request):
     else:
         results = on_ranks(size, tmp_path, run_cases, size, cases)
     unbalanced = [of_all([result[0][seed] for result in results]) for seed in range(2)]
-    for case, (name, n_tokens) in enumerate(cases):
+    for case, (name, n_tokens, lag) in enumerate(cases):
         for seed in range(2):
             rows = [result[case][seed] for result in results]
             want, loads = dense(rows)
@@ -197,9 +199,9 @@ def test_outputs_gradients_and_loads(size, tmp_path, request):
             assert sum(received) == sum(loads) == TOP_K * sum(n_tokens[:size])
             if name == "none":
                 assert received == loads.reshape(size, -1).sum(1).tolist()
-            else:
+            elif not lag:
                 assert received == rows[0]["plan"].rank_load.tolist()
-            if name.startswith("eplb") and sum(loads):
+            if name.startswith("eplb") and sum(loads) and not lag:
                 optimum = ReferenceLP(rows[0]["phy2log"].numpy(), size).solve(loads)[0]
                 assert max(received) == integer_optimum(optimum, size)
 
@@ -323,7 +325,7 @@ def run_checkpoints(rank):
     x, grad = tokens(rank, SOME[rank])
     calls = []
     run, agree = layer.balancer.run, layer._agree
-    layer.balancer.run = lambda *given: calls.append("plan") or run(*given)
+    layer.balancer.run = lambda *given, **how: calls.append("plan") or run(*given, **how)
     layer._agree = lambda *given: calls.append("agree") or agree(*given)
     record = {}
     for name, way in WAYS.items():

@@ -9,7 +9,7 @@ import native
 import pytest
 
 SANITIZERS = "address,undefined"
-TESTS = ("test_solve.py", "test_planner.py", "test_assign.py", "test_bad_input.py")
+TESTS = ("test_solve.py", "test_planner.py", "test_assign.py", "test_bad_input.py", "test_traffic.py")
 EXAMPLES = "10"  # per hypothesis test, see conftest.py
 
 # Runs inside the child: says where the extension came from.

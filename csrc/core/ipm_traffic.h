@@ -1,31 +1,31 @@
 // The interior point of ipm.h with a cost on traffic: on tokens from beyond what a replica's rank and node hold.
 //
-//     y_p = own_p + rest_p                     of each replica:   own_p ≤ tokens of e on p's rank,     rest_p costs κλ
-//     Σ_{p of e on k} y_p = near_k + far_k     of each node k of an expert e:
-//                                                          near_k ≤ tokens of e on k's ranks,   far_k costs (1-κ)λ
-//     minimise t + κλ Σ rest_p + (1-κ)λ Σ far_k, all parts ≥ 0, and in all else as in ipm.h
+//     of each replica p               y_p = own_p + rest_p,         own_p ≤ tokens of e on p's rank
+//     of each node k of an expert e   Σ_{p on k} y_p = near_k + far_k,   near_k ≤ tokens of e on k's ranks
+//     minimise t + κλ Σ rest_p + (1-κ)λ Σ far_k with all parts ≥ 0, and in all else as in ipm.h
 //
-// This is the least traffic that the y allow: far_k tokens cross nodes, and of the others near_k - Σ own_p cross ranks.
+// That is the least traffic that y allows: far_k tokens cross nodes, at λ, and near_k - Σ own_p cross ranks, at κλ.
 //
-//     duals    π_k free;   own, near: z_i ≥ 0, and w_i ≥ 0 of the room k_i = b_i - x_i ≥ 0;   rest, far: z_i ≥ 0
-//              own: u_r + m_e + π_k = z - w     rest: u_r + m_e + π_k + κλ = z     near: -π_k = z - w     far: (1-κ)λ -
-//              π_k = z
+//     duals   π_k free;   z_i ≥ 0 of every part x_i ≥ 0;   w_i ≥ 0 of the room b_i - x_i ≥ 0 of own and near parts
+//
+//             own    u_r + m_e + π_k = z - w              near   -π_k = z - w
+//             rest   u_r + m_e + π_k + κλ = z             far    (1-κ)λ - π_k = z
 //
 // Rest and far parts, and ranks with their slack, are pairs (y, z) like those of ipm.h. A bounded part is two pairs,
-// (x, z) and (k, w). With D the step of the left side above, E and F the second-order terms of x·z and k·w, and
-// N = z·k + w·x, its Newton step is
+// (x, z) and (k, w) with its room k. With D the step of the left side above, E and F the second-order terms of x·z and
+// k·w, and N = z·k + w·x, its Newton step is
 //
 //     dx = (x·k·(w - z - D) + k·E - x·F)/N,   dz = (z·k·D - z·w·b + w·E + z·F)/N,   dw = dz - D
 //
-// so that for a replica y + dy = T_p - h_p·(du_r + dm_e + dπ_k), with own h = x·k/N, T = (x·w·b + k·E - x·F)/N and rest
-// h = y/z, T = E/z added up; and likewise near + far = G_k + H_k·dπ_k. Their equality, with S_k = Σ h_p, eliminates
-// nodes:
+// So for a replica y + dy = T_p - h_p·(du_r + dm_e + dπ_k), its own part adding x·k/N to h_p and (x·w·b + k·E - x·F)/N
+// to T_p, the rest y/z and E/z; and for a node near + far = G_k + H_k·dπ_k, made likewise. That the two are equal
+// gives, with S_k = Σ h_p,
 //
 //     dπ_k = (Σ T_p - G_k - Σ h_p (du_r + dm_e)) / (S_k + H_k)
 //
-// What then stands for y/z and `extra` in the formulas of ipm.h is h_p·H_k/(S_k + H_k) and
-// T_p - h_p (Σ T_p - G_k)/(S_k + H_k); and -h_p·h_q/(S_k + H_k) is added to M where p and q share a node, a Laplacian
-// as well.
+// and without nodes the equations are those of ipm.h, with h_p·H_k/(S_k + H_k) for y/z and T_p - h_p (Σ T_p - G_k)/(S_k
+// + H_k) for `extra`, but for M: two replicas on one node have -h_p·h_q/(S_k + H_k) more in common, a Laplacian as
+// well.
 //
 // Parts with b = 0 stay at x = k = 0, z = w = 1 and take no steps; nor do those of experts without tokens.
 #pragma once
@@ -43,7 +43,7 @@ struct TrafficOutcome {
 
 namespace traffic {
 
-inline constexpr double kStartPrice = 0.9;  // of what a token pays at the start, in its cost: bounded parts start cheap
+inline constexpr double kStartPrice = 0.9;  // see start(): bounded parts start cheap
 
 // f(node, end) for every node of expert e: its replicas are node … end - 1, as slots ascend and with them ranks.
 template <class AnyGroup, class F>
@@ -107,9 +107,9 @@ LPLB_HD inline void start_bounded(const TrafficSpace& f, int i, double part, dou
 
 LPLB_HD inline double smaller(double a, double b) { return a < b ? a : b; }
 
-// An expert's tokens by the speeds of its ranks, which speeds of any spread start well from, and half of them to the
-// bounded parts where those have twice the room. u = 1/Σv; π_k and m_e such that reduced costs are u and the cost of a
-// part, less kStartPrice of what its unbounded one costs. Returns t.
+// An expert's tokens go to its ranks by speed, which starts well from speeds of any spread, and half of them to bounded
+// parts that have twice the room. u = 1/Σv; π_k and m_e such that what the table above has on its left is u and the
+// part's cost, less kStartPrice of its unbounded fellow's. Returns t.
 template <class Team, class AnyGroup>
 LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x, const TrafficSpace& f, double lambda) {
   const double u0 = 1.0 / team.few_sums(g.n_ranks, [&](int r) { return g.speed[r]; })[0];
@@ -150,10 +150,10 @@ LPLB_HD inline double start(Team& team, const AnyGroup& g, const Workspace& x, c
   return t;
 }
 
-// The least Σ u_r y_p + cost over all y of expert e. On a node all tokens but own ones take the rank with the least u,
-// so at prices π from there a node holds own tokens where u_r is below that, near ones up to its bound, and far ones
-// without end. Filling up the cheapest first reaches some price: this is max over π of π·w_e - Σ b·max(0, π - price of
-// b), as π falls from what far tokens cost.
+// The least Σ u_r y_p + cost over all y of expert e. On a node all but own tokens take the rank with the least u. So
+// tokens can be had, by price, at u_r up to own_p's bound where that is less; at the node's least u + κλ up to what is
+// left of near_k's bound; at the least u + λ without end. Filling up the cheapest first ends at some price, and gives
+// max over π of π·w_e - Σ b·max(0, π - price of b): π falls from the last price until no more is held than w_e.
 template <class AnyGroup>
 LPLB_HD inline double least_cost(const AnyGroup& g, const Workspace& x, const TrafficSpace& f, int e, double lambda) {
   const double* u = f.pair_z + g.n_replicas;
@@ -377,7 +377,7 @@ LPLB_HD inline Values<2> count_pairs(Team& team, const AnyGroup& g, const Traffi
 }  // namespace traffic
 
 // Leaves the fractional split, scaled, in y. lambda: the cost of a scaled token that crosses nodes. σ is (μ_aff/μ)²
-// here: with the cube of ipm.h most loads take a tenth of an iteration less, and the hardest two more.
+// here: with the cube of ipm.h most loads take a tenth of an iteration less, but the hardest one or two more.
 template <class Team, class Algebra, class AnyGroup>
 LPLB_HD inline TrafficOutcome interior_point_with_traffic(Team& team, Algebra algebra, const AnyGroup& g,
                                                           const Workspace& space, const TrafficSpace& f, double lambda,

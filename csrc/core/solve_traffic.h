@@ -9,6 +9,27 @@ inline namespace LPLB_ISA {
 
 namespace detail {
 
+// Where tokens go costs something, so what rounding down leaves of an expert goes to the replicas that lost most to it.
+template <class Team, class AnyGroup>
+LPLB_HD inline void place_by_remainder(Team& team, const AnyGroup& g, const Workspace& x, double mean) {
+  team.each(g.n_experts, [&](int e) {
+    LPLB_LOOP
+    for (; x.tokens[e] > 0; --x.tokens[e]) {
+      int chosen = g.expert_begin[e];
+      double most = -1e300;
+      in_order<4>(
+          g.expert_begin[e], g.expert_begin[e + 1],
+          [&](int p) { return x.y[p] * mean - static_cast<double>(x.quota[p]); },
+          [&](int p, double remainder) {
+            if (remainder > most) most = remainder, chosen = p;
+          });
+      ++x.quota[chosen];
+    }
+  });
+  team.sync();
+  rounding::add_up_ranks(team, g, x);
+}
+
 // To whole tokens at the least level that the fractional split's maximum allows. That level, not the bound, which has
 // costs in it: what is moved on the way down to it is about a token per replica, and so is what that costs.
 template <int kWords, class Warp, class AnyGroup>
@@ -49,6 +70,7 @@ LPLB_HD inline void solve_group_with_traffic(Team& team, Algebra algebra, const 
   }
   team.sync();
   rounding::round_down(team, g, x, mean);
+  detail::place_by_remainder(team, g, x, mean);
   team.first_warp([&](auto& warp) {
     const Result result = detail::finish_with_traffic<kWords>(warp, g, x, mean, found);
     if (warp.rank() == 0) *plan.result = result;
