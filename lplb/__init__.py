@@ -4,7 +4,7 @@
 to do as its replicas allow; `Placement` says where experts live; `rebalance_experts` is EPLB.
 """
 
-from lplb import topology
+from lplb import nn, topology
 from lplb.eplb import rebalance_experts
 from lplb.placement import Placement
 from lplb.plan import Plan, SolveStatus
@@ -12,4 +12,4 @@ from lplb.planner import Planner
 
 __version__ = "0.1.0"
 
-__all__ = ["Placement", "Plan", "Planner", "SolveStatus", "__version__", "rebalance_experts", "topology"]
+__all__ = ["Placement", "Plan", "Planner", "SolveStatus", "__version__", "nn", "rebalance_experts", "topology"]

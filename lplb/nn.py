@@ -78,7 +78,7 @@ class ExpertParallelMoE(nn.Module):
     every rank: ranks that start from the same seed hold the parts of one model, the same for any number of ranks.
 
     `torch.compile` leaves no graph break with ``torch._dynamo.config.capture_scalar_outputs = True``; without it there
-    is one where split sizes are read.
+    are some where split sizes are read. So it is with torch 2.13; torch 2.4 runs the layer, and compiles parts of it.
 
     Args:
         hidden_size: features of a token.

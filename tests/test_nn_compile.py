@@ -13,6 +13,8 @@ from lplb import Planner, topology
 from lplb.nn import ExpertParallelMoE
 
 HIDDEN, FFN, N_EXPERTS, TOP_K, N_RANKS = 8, 4, 4, 2, 2
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+pytestmark = pytest.mark.skipif(VERSION < (2, 13), reason="needs torch 2.13, where sizes known late can be compiled")
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +28,7 @@ def fresh_compiler():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["eager", "aot_eager", "inductor"])
+@pytest.fixture(params=["aot_eager", "inductor"])
 def backend(request):
     if request.param == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")
