@@ -191,7 +191,9 @@ def bench_split() -> list[Row]:
             planner.run(own, None)
 
         def split(backend=backend, ranks=ranks, addresses=addresses, out=out) -> None:  # type: ignore[no-untyped-def]
-            backend._planner.shares(backend._sources(), ranks.rank, 1, *addresses, *(t.data_ptr() for t in out))
+            backend._planner.shares(
+                backend._sources(backend._table), ranks.rank, 1, *addresses, *(t.data_ptr() for t in out)
+            )
 
         whole, part = medians_in_turn(run, split)
         rows.append(

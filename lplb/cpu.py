@@ -9,7 +9,7 @@ from lplb import _C, exchange
 from lplb.arguments import MOST_TOKENS
 from lplb.backend import Counted
 from lplb.exchange import Exchange
-from lplb.overlap import OnThread, Overlap
+from lplb.overlap import Inline, OnThread, Overlap
 from lplb.plan import SOLVERS, SPLITS, Plan, Rules, empty_plan
 
 _TOKENS_PER_THREAD = 1 << 16  # below this a thread costs more than it saves
@@ -57,7 +57,9 @@ class Backend:
         self._solver = solver
         self._ranks = ranks
         self._alone = isinstance(ranks, exchange.Local)
-        self.overlap: Overlap = OnThread()
+        self.overlap: Overlap = OnThread(ranks.line.worker if isinstance(ranks, exchange.Distributed) else None)
+        if isinstance(ranks, exchange.Known):
+            self.overlap = Inline()
         self._prefix = torch.zeros(self._max_threads, n_logical, dtype=torch.int32, device=device)
         self._totals = self._prefix.unbind()  # of batches in 1, 2, … parts
         # what this rank sends, with the words that say all is well, and what all ranks send
@@ -72,16 +74,28 @@ class Backend:
         # shares of this rank, and a row for plans whose quotas are its own
         self._weights = torch.zeros(len(rules.phy2log), dtype=torch.int32, device=device)
         self._starts = torch.zeros(2, n_logical, dtype=torch.int32, device=device)
-        counts = None if self._alone else self._table[:, :n_logical]
-        self.plan = replace(empty_plan((), rules, solver, device), counts=counts)
-        self._plan_addresses = self.plan.addresses()
+        # gathered into beside the table of the last plan, which stays whole if something is wrong with the new one
+        self._spare = self._table if self._alone else torch.zeros_like(self._table)
+        plan = empty_plan((), rules, solver, device)
+        self.plan, self._next_plan = (
+            plan if self._alone else replace(plan, counts=table[:, :n_logical]) for table in (self._table, self._spare)
+        )
+        self._plan_addresses = plan.addresses()
         self._planned = False
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes kept, most of them untouched where few threads run."""
         shares = [self._weights, self._starts]
-        tensors = [self._prefix, self._row, *self._all_well.values(), self._table, self.loads, *self.plan.tensors()]
+        tensors = [
+            self._prefix,
+            self._row,
+            *self._all_well.values(),
+            self._table,
+            self._spare,
+            self.loads,
+            *self.plan.tensors(),
+        ]
         return self._planner.workspace_bytes + sum(t.numel() * t.element_size() for t in tensors + shares)
 
     def last_plan(self) -> Plan | None:
@@ -126,7 +140,7 @@ class Backend:
 
         An error that is not ``blamed`` is of an earlier call: this rank gives no tokens, and the others go on.
         """
-        table, n_logical = self._table, self._n_logical
+        table, n_logical = self._spare, self._n_logical
         if not self._alone:
             if error is not None:
                 self._own_counts.zero_()
@@ -138,15 +152,17 @@ class Backend:
                     exchange.raise_together(self._ranks, table[:, n_logical:].tolist(), error)
         if error is not None:
             raise error
-        most = _C.total(self._sources(), n_logical, self.loads.data_ptr())
+        most = _C.total(self._sources(table), n_logical, self.loads.data_ptr())
         if most > MOST_TOKENS:
             raise ValueError(f"an expert has {most} tokens over all ranks, allowed are {MOST_TOKENS}")
+        self._table, self._spare = table, self._table
+        self.plan, self._next_plan = self._next_plan, self.plan
 
     def solve_gathered(self, counter: torch.Tensor | None, log: torch.Tensor | None) -> None:
         """Plan the gathered loads into ``plan``, and raise the counter by the groups solved."""
         log_address = 0 if log is None else log.data_ptr()
         loads, out = self.loads.data_ptr(), self._plan_addresses
-        batch = self._sources(), self._min_tokens
+        batch = self._sources(self._table), self._min_tokens
         if self._traffic_weight > 0:
             solved = self._planner.solve_traffic(loads, *batch, self._traffic_weight, out, log_address)
         else:
@@ -157,7 +173,7 @@ class Backend:
 
     def assign_gathered(self, counted: Counted) -> torch.Tensor:
         """Map the counted batch by the last plan: of the gathered loads, or of an earlier batch's."""
-        return self._assign(counted, self._sources(), self.plan)
+        return self._assign(counted, self._sources(self._table), self.plan)
 
     # ---- each by itself
 
@@ -209,8 +225,7 @@ class Backend:
                 f"n_logical - 1 = {self._n_logical - 1}"
             )
 
-    def _sources(self) -> tuple[int, int, int, int]:
-        table = self._table
+    def _sources(self, table: torch.Tensor) -> tuple[int, int, int, int]:
         return table.data_ptr(), table.shape[1], self._ranks.size, self._rules.ranks_per_node
 
     def _assign(self, counted: Counted, sources: tuple[int, int, int, int], plan: Plan) -> torch.Tensor:

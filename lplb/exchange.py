@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from lplb.overlap import Worker
+
 __all__ = ["Distributed", "Exchange", "Known", "Local", "exchange_for"]
 
 WORDS = 4
@@ -65,7 +67,8 @@ class Exchange(Protocol):
     def gather(self, row: torch.Tensor, table: torch.Tensor) -> None:
         """Fill int32 ``table [size, columns]`` with every rank's int32 ``row [columns]``. Collective.
 
-        The last `WORDS` columns of a row are not counts. On one rank, ``table`` may be a view of ``row``.
+        The last `WORDS` columns of a row are not counts. On one rank, ``table`` may be a view of ``row``. With
+        ``lag=1`` it is called from another thread, one call at a time.
         """
 
 
@@ -89,7 +92,22 @@ class _Line:
     def __init__(self) -> None:
         self.turn = threading.RLock()  # gloo mixes up gathers that two threads start at once
         self.planners = 0
-        self.columns = _LEAST_COLUMNS
+        self.worker = Worker()  # for all planners of the group: their overlapped calls come in one order on all ranks
+        self.background: Distributed | None = None
+        self._width = [_LEAST_COLUMNS]
+
+    @property
+    def columns(self) -> int:
+        """Width of rows; wider ones travel as they are."""
+        return self._width[0]
+
+    @columns.setter
+    def columns(self, columns: int) -> None:
+        self._width[0] = columns
+
+    def share_width(self, other: "_Line") -> None:
+        """Have the width of another group's rows from now on."""
+        self._width = other._width
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> "_Line":
@@ -144,27 +162,33 @@ class Distributed:
         self._all_gather(table, row.view(1, -1), group=self.group)  # gloo wants the dimensions of the table
 
 
-def apart(ranks: "Exchange") -> "Exchange":
-    """Return an exchange between the same ranks that keeps no order with other traffic of their group. Collective.
+_making_groups = threading.Lock()  # new_group is not for two threads at once
+
+
+def background(ranks: "Exchange") -> "Exchange":
+    """Return an exchange between the same ranks that keeps no order with other traffic of their group.
 
     A process group carries one collective after the other, in the same order on all ranks; what goes on in the
-    background needs a group of its own.
+    background needs another group. All planners of a group share one, and the thread of its line. The first call is
+    collective; where several threads make the first calls of several groups, names may cross, which the fingerprints
+    then tell (`group_name`).
     """
     if not isinstance(ranks, Distributed):
         return ranks
+    with _making_groups:
+        if ranks.line.background is None:
+            ranks.line.background = _another_group(ranks)
+        return ranks.line.background
+
+
+def _another_group(ranks: Distributed) -> Distributed:
     members = [dist.get_global_rank(ranks.group, rank) for rank in range(ranks.size)]
-    order: dict[str, Any] = (
-        {} if members == sorted(members) else {"sort_ranks": False}
-    )  # torch sorts them, and older ones always
-    group = dist.new_group(
-        members,
-        _timeout(ranks.group),
-        backend=dist.get_backend_config(ranks.group),
-        use_local_synchronization=True,  # only the members meet: other ranks of the world may be anywhere
-        **order,
-    )
-    other = Distributed(group)
-    other.line.columns = ranks.line.columns
+    options: dict[str, Any] = {"use_local_synchronization": True}  # other ranks of the world may be anywhere
+    if members != sorted(members):
+        options["sort_ranks"] = False  # older versions of torch always sort
+    backend = dist.get_backend_config(ranks.group)
+    other = Distributed(dist.new_group(members, _timeout(ranks.group), backend=backend, **options))
+    other.line.share_width(ranks.line)
     return other
 
 
@@ -278,6 +302,17 @@ def number_planner(exchange: Exchange) -> int:
     with exchange.line.turn:
         exchange.line.planners += 1
         return exchange.line.planners - 1
+
+
+def group_name(exchange: Exchange) -> str:
+    """What torch calls the process group, the same on all ranks; empty without one."""
+    return str(getattr(exchange.group, "group_name", "")) if isinstance(exchange, Distributed) else ""
+
+
+def drain(exchange: Exchange) -> None:
+    """Wait for what goes on in the background of the process group: rows under way must not change their width."""
+    if isinstance(exchange, Distributed):
+        exchange.line.worker.drain()
 
 
 def widen(exchange: Exchange, n_logical: int) -> None:

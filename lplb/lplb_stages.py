@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -47,7 +47,7 @@ class LplbStages:
     combined_redundant_experts: int
     """Redundant slots per rank and class."""
     _slots: Layout | None
-    _exchange_apart: Exchange | None  # where lagged exchanges meet no others; made by the first of them
+    _is_apart: bool  # whether counts travel in the background of the process group, as they do once a call has lagged
     n_routed_experts: int
     """Physical experts on all ranks."""
     n_logical_routed_experts: int
@@ -214,7 +214,7 @@ class LplbStages:
                 self._backend.put_own(loads)
             except Exception as problem:
                 error = problem
-            self._backend.gather(exchange.SOLVE_PROBS, error, blamed=error is not late)
+            self._exchanging(lambda: self._backend.gather(exchange.SOLVE_PROBS, error, blamed=error is not late))
             self._solve_gathered(avail_counter, log)
             self._backend.wait()
             return layout.shares(self.phy2log, self._backend.plan.quota, self._backend.loads)
@@ -271,14 +271,16 @@ class LplbStages:
             split=self.split,
         )
         settings = rules, speed, self.solver, self.min_tokens, self.traffic_weight
-        fingerprint = exchange.fingerprint(*settings, self.device.type, devices.arithmetic(self.device), self._number)
+        name = exchange.group_name(self._exchange), self._number
+        fingerprint = exchange.fingerprint(*settings, self.device.type, devices.arithmetic(self.device), *name)
+        ranks = exchange.background(self._exchange) if self._is_apart else self._exchange
         backend: Backend
         with torch.inference_mode(False):  # whatever mode the caller builds models in
             if self.device.type == "cuda":
                 before = self.__dict__.get("_backend")
-                backend = cuda.Backend(*settings, self._exchange, fingerprint, self.device, before=before)
+                backend = cuda.Backend(*settings, ranks, fingerprint, self.device, before=before)
             else:
-                backend = cpu.Backend(*settings, self._exchange, fingerprint, self.device)
+                backend = cpu.Backend(*settings, ranks, fingerprint, self.device)
             phy2log = placement.phy2log.to(self.device, copy=True)
         self.placement = placement
         self.phy2log = phy2log
@@ -293,6 +295,18 @@ class LplbStages:
         with self._lock, self._backend.guard:
             self._backend.overlap.wait()
             yield
+
+    def _exchanging(self, work: Callable[[], None]) -> None:
+        """Do work that exchanges counts, behind what other planners of the group have in the background."""
+        if not self._is_apart:
+            work()
+            return
+        overlap = self._backend.overlap
+        overlap.start(work)
+        overlap.wait()
+        error = overlap.take_error()
+        if error is not None:
+            raise error
 
     def _late_error(self) -> Exception | None:
         """What went wrong in an overlapped exchange, once; not what this rank has raised of itself already."""

@@ -12,6 +12,7 @@ What a token gets does not depend on which copy of an expert serves it. So outpu
 without a balancer, up to the order in which the gradient of a weight adds its tokens.
 """
 
+import copy
 import itertools
 import weakref
 from functools import lru_cache
@@ -182,12 +183,14 @@ class ExpertParallelMoE(nn.Module):
             Rounds of transfers, and the bytes that this rank sent and received.
 
         Raises:
-            TypeError, ValueError: the balancer is not allowed, on any rank, or another on another rank.
+            TypeError, ValueError: the balancer is not allowed, on any rank, or another on another rank; or some
+                experts require gradients and others do not: set that afterwards.
             RuntimeError: a rank is lost. In every case the layer is as before.
         """
 
         def check() -> tuple[Placement, Tensor, SlotWeights]:
             _check_balancer(balancer, self._ranks, self.n_experts, self.router.device)
+            self.experts.check_trained_alike()
             placement, home = _placement_of(balancer, self.n_experts, self._ranks.size)
             if placement.n_ranks == self.placement.n_ranks:
                 home = homes_kept(self.home, self.placement, placement, home)
@@ -196,8 +199,10 @@ class ExpertParallelMoE(nn.Module):
         placement, home, experts = exchange.together(
             self._ranks,
             check,
-            lambda found: exchange.fingerprint("follow", found[0].phy2log.tolist(), found[1].tolist()),
-            "another placement than rank 0, or called another method; allowed is the same on every rank",
+            lambda found: exchange.fingerprint(
+                "follow", found[0].phy2log.tolist(), found[1].tolist(), self.experts.trained
+            ),
+            "another placement than rank 0 or other gradients, or called another method; allowed is the same for all",
         )
         if isinstance(self._ranks, exchange.Distributed):
             moves = moves_to_homes(self.placement, self.home, placement, home)
@@ -252,7 +257,7 @@ class ExpertParallelMoE(nn.Module):
         tokens = self.router.new_empty(0, self.hidden_size) if error is not None else x.reshape(-1, self.hidden_size)
         scores = functional.linear(tokens, self.router)
         weight, expert = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).topk(self.top_k)
-        settings = f"tokens of {self.router.dtype}{_gradients(x)}"
+        settings = f"tokens of {self.router.dtype}{_gradients(x, self.experts)}"
         slot, traffic = settled.again() or self._settle(expert, weight, settings, error)
         send, receive = traffic.sum(2).tolist()
         weight = weight / weight.sum(-1, keepdim=True)
@@ -378,14 +383,24 @@ class ExpertParallelMoE(nn.Module):
             served = one_by_one(rows, per_slot.tolist(), *self.expert_fields)
         return permuted(served.to(rows.dtype), place, row)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertParallelMoE":
+        """A copy has weights of its own, and under a group the same ranks and the same balancer."""
+        if isinstance(self._ranks, exchange.Distributed):
+            memo |= {id(shared): shared for shared in (self._ranks, self.balancer)}
+        other = self.__class__.__new__(self.__class__)
+        memo[id(self)] = other
+        other.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return other
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is another layer to compiled code."""
         super().__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
         self._handle = _handle_of(self)
 
 
-def _gradients(x: object) -> str:
-    wanted = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
+def _gradients(x: object, experts: SlotWeights) -> str:
+    """Whether tokens take part in the backward pass, which all ranks must."""
+    wanted = torch.is_grad_enabled() and ((isinstance(x, Tensor) and x.requires_grad) or experts.trained)
     return " that need gradients" if wanted else " without gradients"
 
 

@@ -1,12 +1,18 @@
 """Work that goes on beside what the caller does next: on a thread, or on a CUDA stream of its own."""
 
+import os
+import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Protocol, TypeAlias
 
 import torch
 
-__all__ = ["OnStream", "OnThread", "Overlap"]
+__all__ = ["Inline", "OnStream", "OnThread", "Overlap", "Worker"]
+
+_Item: TypeAlias = "tuple[Future[None], Callable[[], None]] | None"
 
 
 class Overlap(Protocol):
@@ -22,33 +28,102 @@ class Overlap(Protocol):
         """What the work that was waited for raised, once."""
 
 
-class OnThread:
-    """Work on a thread of its own, which is made when it is first needed."""
+class Worker:
+    """A thread that does one piece of work after another, in the order in which they are given.
+
+    It is made when it is first needed, made anew in a forked process, keeps no process from ending, and ends with this
+    object.
+    """
 
     def __init__(self) -> None:
         """No thread yet."""
-        self._threads: ThreadPoolExecutor | None = None
+        self._queue: SimpleQueue[_Item] = SimpleQueue()
+        self._process = -1
+
+    def submit(self, work: Callable[[], None]) -> "Future[None]":
+        """Put work at the end of the queue."""
+        if self._process != os.getpid():
+            self._queue, self._process = SimpleQueue(), os.getpid()
+            threading.Thread(target=_serve, args=(self._queue,), name="lplb", daemon=True).start()
+            weakref.finalize(self, self._queue.put, None)
+        done: Future[None] = Future()
+        self._queue.put((done, work))
+        return done
+
+    def drain(self) -> None:
+        """Wait until all that was given is done."""
+        if self._process == os.getpid():
+            self.submit(lambda: None).result()
+
+
+def _serve(queue: "SimpleQueue[_Item]") -> None:
+    while True:
+        item = queue.get()
+        if item is None:
+            return
+        done, work = item
+        try:
+            work()
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+        del item, done, work  # what they hold must not wait for the next
+
+
+class OnThread:
+    """Work on a thread that others may use as well.
+
+    Args:
+        worker: the thread; one of its own by default.
+    """
+
+    def __init__(self, worker: Worker | None = None) -> None:
+        """See the class."""
+        self._worker = Worker() if worker is None else worker
         self._running: Future[None] | None = None
+        self._process = os.getpid()
         self._error: Exception | None = None
 
     def start(self, work: Callable[[], None]) -> None:
         """Hand ``work`` to the thread."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(1, thread_name_prefix="lplb")
-        self._running = self._threads.submit(work)
+        self._process = os.getpid()
+        self._running = self._worker.submit(work)
 
     def wait(self) -> None:
-        """Wait for the thread."""
-        if self._running is None:
+        """Wait for the thread. A forked process does not wait for what its parent has started."""
+        running, self._running = self._running, None
+        if running is None or self._process != os.getpid():
             return
-        error = self._running.exception()
-        self._running = None
+        error = running.exception()
         if error is not None and not isinstance(error, Exception):
             raise error
         self._error = error
 
     def take_error(self) -> Exception | None:
         """What the work that was waited for raised, once."""
+        error, self._error = self._error, None
+        return error
+
+
+class Inline:
+    """No overlap: for exchanges that know beforehand what others would send."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._error: Exception | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Do the work at once; what it raises is kept as if it had come later."""
+        try:
+            work()
+        except Exception as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def take_error(self) -> Exception | None:
+        """What the last work raised, once."""
         error, self._error = self._error, None
         return error
 

@@ -42,7 +42,8 @@ class Planner(LplbStages):
     raised on all; in `run` on CUDA later than on that rank, see below. A rank that is lost makes the others raise
     RuntimeError within the group's timeout.
 
-    A planner may be used from several threads; they take turns. Calls of two planners of one group must come in one
+    A planner may be used from several threads; they take turns. Every method waits for what a call with ``lag=1`` has
+    left in the background. Calls of two planners of one group must come in one
     order on all ranks: threads that race are refused on all of them (ValueError). Give each thread a group of its own.
 
     On CUDA all work goes to the caller's current stream, and `run` and `count_workload` never wait for the device:
@@ -197,7 +198,7 @@ class Planner(LplbStages):
     def _set_exchange(self, group: dist.ProcessGroup | Exchange | None) -> None:
         self.ep_group = group
         self._exchange = exchange.exchange_for(group)
-        self._exchange_apart = None if isinstance(self._exchange, exchange.Distributed) else self._exchange
+        self._is_apart = False
         self._alone = isinstance(self._exchange, exchange.Local)
         self._raised: Exception | None = None
         self._number = exchange.number_planner(self._exchange)
@@ -205,6 +206,7 @@ class Planner(LplbStages):
     def _agree_on(self, build: Callable[[], None]) -> None:
         """Build on every rank or raise on every rank. Collective."""
         with exchange.turn(self._exchange):
+            exchange.drain(self._exchange)
             exchange.together(self._exchange, build, lambda _: self._fingerprint)
             exchange.widen(self._exchange, self.n_logical_routed_experts)
 
@@ -294,9 +296,9 @@ class Planner(LplbStages):
     def init_from_deep_ep(self, buffer: Any) -> None:
         """Take group and node structure from a DeepEP buffer: counts travel over its group from now on. Collective.
 
-        With a buffer that says the same as the one before it does nothing, and sends nothing: call it as often as you
-        like. With one that says something else it starts anew, as the first time. Planner and buffer must have the
-        same ranks in the same order. A planner without a group asks the other ranks over the buffer's.
+        With a buffer that says the same as the one before it changes nothing. With one that says something else it
+        starts anew, as the first time; all ranks have one like the one before, or none has. Planner and buffer must
+        have the same ranks in the same order. A planner without a group asks the other ranks over the buffer's.
 
         `last_plan` is ``None`` afterwards, and captured graphs must be captured anew; the placement stays.
         ``ranks_per_node`` is the buffer's: for the split at once, for EPLB with the next `update_redundancy_mapping`.
@@ -310,8 +312,6 @@ class Planner(LplbStages):
             RuntimeError: a CUDA graph is being captured; see also `Planner`.
         """
         with self._turn():
-            if self._has_ranks_of(buffer):
-                return
             devices.refuse_capture(self.device, "init_from_deep_ep")
             asked = exchange.Distributed(deep_ep.group_of(buffer)) if self._alone else self._exchange
 
@@ -326,7 +326,11 @@ class Planner(LplbStages):
 
             before = dict(self.__dict__)
             try:
-                found = exchange.together(asked, read, lambda f: exchange.fingerprint(f.ranks_per_node))
+                found = exchange.together(
+                    asked, read, lambda f: exchange.fingerprint(f.ranks_per_node, f == self._buffer_ranks)
+                )
+                if found == self._buffer_ranks:
+                    return
                 self._set_exchange(found.group)
                 self.ranks_per_node = found.ranks_per_node
                 self._agree_on(lambda: self._compile(self.placement, self._speed))
@@ -334,12 +338,6 @@ class Planner(LplbStages):
             except BaseException:
                 self.__dict__.update(before)
                 raise
-
-    def _has_ranks_of(self, buffer: Any) -> bool:
-        try:
-            return self._buffer_ranks is not None and deep_ep.read(buffer) == self._buffer_ranks
-        except Exception:  # raised again where all ranks hear of it
-            return False
 
     # ---- the stages
 
@@ -406,8 +404,9 @@ class Planner(LplbStages):
 
         With ``lag=1`` nothing waits for an exchange: the batch is mapped by the shares of the batch before, scaled to
         its own counts, while its own exchange and plan, for the next batch, go on beside what the caller does next: on
-        a thread, or on a stream of its own. The first such call exchanges before it returns and maps by the last plan,
-        or, without one, by the fixed split; from then on the planner's exchanges have a process group of their own.
+        a thread, or on a stream of its own. Before the first plan there is the fixed split. The first such call under a
+        process group is not overlapped; from then on counts travel over a second group, which the planners of one group
+        share: their calls come in the same order on all ranks.
         What goes wrong in an exchange is raised by the next collective call of each rank, which then takes part without
         tokens; a rank whose own arguments are wrong raises at once instead.
 
@@ -433,6 +432,10 @@ class Planner(LplbStages):
         A compiler may drop a call whose result nobody uses, and with it its plan and its exchange.
         """
         if torch.compiler.is_compiling() or ops.is_traced(idx):
+            if lag and avail_counter is not None:
+                raise RuntimeError(
+                    "avail_counter is given with lag=1, allowed in compiled code is None: it is raised too late for it"
+                )
             if return_plan:
                 raise RuntimeError("return_plan is True, allowed in compiled code is False: a graph holds tensors only")
             return ops.run(idx, avail_counter, self._handle, n_sms, lag)
@@ -507,7 +510,7 @@ class Planner(LplbStages):
                 self._solve_gathered(avail_counter, log)
 
             if method == exchange.RUN:
-                exchange_and_solve()
+                self._exchanging(exchange_and_solve)
             physical = None if counted is None else backend.assign_gathered(counted)
             used = backend.plan_in_use() if return_plan else None
             if method == exchange.RUN_LAGGED:
@@ -519,13 +522,13 @@ class Planner(LplbStages):
             return physical, used
 
     def _overlap(self, work: Callable[[], None]) -> None:
-        """Let an exchange go on beside what the caller does; the first that has no group of its own makes one."""
-        if self._exchange_apart is not None:
+        """Let an exchange go on beside what the caller does; the first of a process group is not overlapped."""
+        if self._is_apart or not isinstance(self._exchange, exchange.Distributed):
             self._backend.overlap.start(work)
             return
         work()
-        self._exchange_apart = self._exchange = exchange.apart(self._exchange)
-        self._backend.use(self._exchange)
+        self._backend.use(exchange.background(self._exchange))
+        self._is_apart = True
 
     def assign(self, idx: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Map indices by a plan made before. Local: no communication.

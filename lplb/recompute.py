@@ -19,7 +19,8 @@ def keep_routes() -> tuple[_Context, _Context]:
     """Let the EP layers of a checkpointed region keep what they settled, so that the second time they only compute.
 
     For regions that contain layers: ``checkpoint(block, x, use_reentrant=False, context_fn=keep_routes)``. Without it
-    the results are the same, but all ranks plan and exchange split sizes again. One int64 is kept for every choice.
+    the results are the same, but all ranks plan and exchange split sizes again; with ``lag=1``, where the plan would be
+    another the second time, it is required. One int64 is kept for every choice.
 
     Returns:
         What torch.utils.checkpoint wants of a ``context_fn``: contexts for the first computation and for those after.
@@ -44,7 +45,12 @@ class _Regions(threading.local):
         """What the layer had settled the first time, ``None`` if this is the first time."""
         if torch.compiler.is_compiling() or self.repeated is None:
             return None
-        return next(self.repeated)
+        found = next(self.repeated, None)
+        if found is None:
+            raise RuntimeError(
+                "a checkpointed region calls more layers when computed again, allowed are as many as before"
+            )
+        return found
 
 
 settled = _Regions()

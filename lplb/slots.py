@@ -56,6 +56,27 @@ class SlotWeights(nn.Module):
                         self._leaves[name][slot] = self._parameters_of(name)[self._key(slot)] = parameter
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call, unused-ignore]
 
+    @property
+    def trained(self) -> bool:
+        """Whether any leaf requires gradients."""
+        return any(leaf.requires_grad for leaves in self._leaves.values() for leaf in leaves)
+
+    def check_trained_alike(self) -> None:
+        """Refuse leaves of which some require gradients and others do not: their experts are about to move.
+
+        Raises:
+            ValueError: names the first that differs.
+        """
+        for name, leaves in self._leaves.items():
+            odd = next(
+                (slot for slot, leaf in enumerate(leaves) if leaf.requires_grad != leaves[0].requires_grad), None
+            )
+            if odd is not None:
+                raise ValueError(
+                    f"requires_grad of {name} is {leaves[odd].requires_grad} for expert {self.experts[odd]}, allowed "
+                    f"is that of expert {self.experts[0]}, {leaves[0].requires_grad}, while experts move"
+                )
+
     def leaves(self, name: str) -> list[Tensor]:
         """Return the leaf of every slot; the list is this module's own."""
         return self._leaves[name]

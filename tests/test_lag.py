@@ -1,5 +1,6 @@
 """Off the critical path: exchanges that overlap, plans that are kept and map again, on both backends."""
 
+import os
 import threading
 
 import numpy as np
@@ -184,6 +185,9 @@ def test_a_compiled_call_may_lag():
     for seed in range(3):
         idx = batch(seed, (100, 2), N_LOGICAL)
         assert torch.equal(compiled(idx), eager.run(idx, None, lag=1))
+    counter = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(Exception, match="avail_counter is given with lag=1"):
+        torch.compile(lambda idx: planner.run(idx, counter, lag=1), fullgraph=True, backend="eager")(idx)
     with pytest.raises(Exception, match="return_plan is True, allowed in compiled code is False"):
         torch.compile(lambda idx: planner.run(idx, None, return_plan=True)[0], fullgraph=True, backend="eager")(idx)
 
@@ -287,6 +291,41 @@ def test_ranks_that_disagree_about_lag_are_refused(tmp_path):
     for message, after in on_ranks(2, tmp_path, first_call_with_and_without_lag):
         assert "rank 1 has another placement or other settings than rank 0, or called another method" in message
         assert after.shape == (60,)
+
+
+def two_layers_and_a_refusal(rank):
+    """Two planners of one group lag in turn and share thread and group; what is refused leaves the last plan whole."""
+    planners = [ring_planner(2, dist.group.WORLD) for _ in range(2)]
+    for call in range(3):
+        for number, planner in enumerate(planners):
+            planner.run(batch([call, number, rank], (30, 2), 8), None, lag=1)
+    late = ring_planner(2, dist.group.WORLD)  # made while exchanges are under way
+    late.run(batch([9, rank], (30, 2), 8), None)
+    plans = [planner.last_plan for planner in planners]
+    for planner in (*planners, late):
+        kept = planner.last_plan
+        with pytest.raises(ValueError, match="idx has 99" if rank else "rank 1 refused its input"):
+            planner.run(torch.tensor([99 if rank else 1]), None)
+        assert torch.equal(planner.last_plan.counts, kept.counts)
+        assert planner.last_plan.traffic() == kept.traffic()
+    threads = [thread.name for thread in threading.enumerate()].count("lplb")
+    pid = os.fork()
+    if pid == 0:  # what the parent has in the background is not the child's
+        planner = cube()
+        planner.run(torch.tensor([3]), None, lag=1)
+        os._exit(0 if planner.last_plan.quota.sum() == 1 else 1)
+    return plans, threads, os.waitpid(pid, 0)[1]
+
+
+def test_planners_of_a_group_share_their_background(tmp_path):
+    results = on_ranks(2, tmp_path, two_layers_and_a_refusal)
+    for plans, threads, ended in results:
+        assert threads == 1
+        assert ended == 0
+        for number, plan in enumerate(plans):
+            counts = [counts_of(batch([2, number, rank], (30, 2), 8), 8) for rank in range(2)]
+            assert np.array_equal(plan.counts, np.stack(counts))
+            assert np.array_equal(plan.tokens_by_source().sum(0), plan.quota)
 
 
 def test_the_default_node():

@@ -671,3 +671,35 @@ def test_the_others_raise_when_a_process_dies(moment, tmp_path):
         raised, unchanged = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert raised is not None
         assert unchanged
+
+
+def gradients_that_differ(rank):
+    """Only rank 0 has an expert that is trained, and tokens need no gradients: its backward pass would wait."""
+    layer = layer_of("none", 2, dist.group.WORLD)
+    twin = copy.deepcopy(layer)
+    for name, p in layer.experts.named_parameters():
+        p.requires_grad_(name.endswith(".0"))
+    x = tokens(rank, 20)[0].detach()
+    try:
+        layer(x)
+        said = "nothing raised"
+    except ValueError as error:
+        said = str(error)
+    return [said, torch.equal(twin(x), twin(x)), twin._ranks is layer._ranks]
+
+
+def test_ranks_agree_on_who_needs_gradients(tmp_path):
+    for said, same, shared in on_ranks(2, tmp_path, gradients_that_differ):
+        assert "rank 1 has tokens of torch.float64 without gradients" in said
+        assert "rank 0 has tokens of torch.float64 that need gradients" in said
+        assert same
+        assert shared
+
+
+def test_experts_that_move_are_trained_alike():
+    layer = layer_of("eplb", 4, None)
+    layer.experts.leaves("down")[3].requires_grad_(False)
+    placement = layer.placement
+    with pytest.raises(ValueError, match=r"requires_grad of down is False for expert \d+, allowed is that of expert"):
+        layer.follow(BALANCERS["ring"](4, None))
+    assert layer.placement is placement

@@ -738,7 +738,13 @@ def test_solver_of_planner_is_the_default():
 
 
 def test_statuses_have_a_sentence_each():
-    assert [status.name.lower() for status in SolveStatus] == ["solved", "iteration_limit", "numerical", "skipped", "refused"]
+    assert [status.name.lower() for status in SolveStatus] == [
+        "solved",
+        "iteration_limit",
+        "numerical",
+        "skipped",
+        "refused",
+    ]
     sentences = [status.sentence for status in SolveStatus]
     assert len(set(sentences)) == 5
     assert all(s[0].isupper() and s.endswith(".") for s in sentences)
