@@ -1,10 +1,11 @@
 """Work that goes on beside what the caller does next: on a thread, or on a CUDA stream of its own."""
 
+import atexit
 import os
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Protocol, TypeAlias
 
@@ -31,29 +32,47 @@ class Overlap(Protocol):
 class Worker:
     """A thread that does one piece of work after another, in the order in which they are given.
 
-    It is made when it is first needed, made anew in a forked process, keeps no process from ending, and ends with this
-    object.
+    It is made when it is first needed, made anew in a forked process, and ends with this object. A process that ends
+    waits for it a few seconds, no longer: another rank may never come.
     """
 
     def __init__(self) -> None:
         """No thread yet."""
         self._queue: SimpleQueue[_Item] = SimpleQueue()
         self._process = -1
+        self._last: Future[None] | None = None
 
     def submit(self, work: Callable[[], None]) -> "Future[None]":
         """Put work at the end of the queue."""
         if self._process != os.getpid():
             self._queue, self._process = SimpleQueue(), os.getpid()
             threading.Thread(target=_serve, args=(self._queue,), name="lplb", daemon=True).start()
-            weakref.finalize(self, self._queue.put, None)
+            weakref.finalize(self, self._queue.put, None).atexit = False
+            _workers.add(self)
         done: Future[None] = Future()
+        self._last = done
         self._queue.put((done, work))
         return done
+
+    def end(self) -> None:
+        """Wait for what is under way, as long as a process that ends may."""
+        if self._last is not None and self._process == os.getpid():
+            wait([self._last], _AT_EXIT)
 
     def drain(self) -> None:
         """Wait until all that was given is done."""
         if self._process == os.getpid():
             self.submit(lambda: None).result()
+
+
+_workers: "weakref.WeakSet[Worker]" = weakref.WeakSet()
+_AT_EXIT = 5.0  # seconds
+
+
+@atexit.register
+def _end_all() -> None:
+    for worker in list(_workers):
+        worker.end()
 
 
 def _serve(queue: "SimpleQueue[_Item]") -> None:
