@@ -466,7 +466,7 @@ class Planner(LplbStages):
             raise RuntimeError("run_idle is called in a compiled function, allowed is outside of torch.compile")
         self.run(torch.empty(0, dtype=torch.int64, device=self.device), avail_counter, lag=lag)
 
-    def refuse(self, error: Exception) -> NoReturn:
+    def refuse(self, error: Exception, *, lag: int = 0) -> NoReturn:
         """Take part in a `run` of the other ranks and raise an error on all of them; collective under a group.
 
         For code around the planner that finds its own arguments wrong: were it to raise before `run`, the other ranks
@@ -474,8 +474,9 @@ class Planner(LplbStages):
 
         Args:
             error: what this rank raises; the others raise its message, as ValueError, TypeError or RuntimeError.
+            lag: as for `run`, and the same on all ranks.
         """
-        self._run(error, None, None, 0, False)
+        self._run(error, None, None, lag, False)
         raise error
 
     def _run(

@@ -264,3 +264,17 @@ def test_a_refusal_of_one_rank_is_everyones(name, four):
         assert said in message
         assert message.startswith("rank 2 refused its input, so no rank goes on: ") == (rank != 2)
         assert kept
+
+
+def test_calls_may_lag():
+    """The second batch follows the plan of the first, as `Planner.run` has it."""
+    by_ids, by_map, expected = planner_of(), planner_of(), planner_of()
+    for seed in range(3):
+        ids = routed(seed, 60)
+        want = expected.run(ids, None, lag=1)
+        assert torch.equal(map_topk_ids(by_ids, ids.clone(), lag=1), want)
+        wanted = torch.zeros(60, N_LOGICAL, dtype=torch.bool).scatter(1, ids, True)
+        mapped, _ = physical_routing(by_map, wanted, wanted.double(), lag=1)
+        assert torch.equal(mapped.sum(1), torch.full((60,), TOP_K))
+    assert torch.equal(by_ids.last_plan.quota, expected.last_plan.quota)
+    assert torch.equal(by_map.last_plan.quota, expected.last_plan.quota)

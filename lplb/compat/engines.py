@@ -25,6 +25,7 @@ def map_topk_ids(
     n_tokens: int | Tensor | None = None,
     is_padding: Tensor | None = None,
     load: Tensor | None = None,
+    lag: int = 0,
 ) -> Tensor:
     """Overwrite logical expert ids with physical ones; collective under the planner's group.
 
@@ -38,6 +39,7 @@ def map_topk_ids(
         is_padding: or which rows are, bool ``[tokens]``. Padding becomes -1 and counts nowhere: it skews no plan.
         load: tokens of every physical expert, integer ``[n_physical]``, raised by this call's (vLLM's
             ``expert_load_view``).
+        lag: as for `Planner.run`.
 
     Returns:
         ``topk_ids``.
@@ -48,7 +50,7 @@ def map_topk_ids(
     """
     error = _refusal(planner, topk_ids, n_tokens, is_padding, load)
     if error is not None:
-        planner.refuse(error)
+        planner.refuse(error, lag=lag)
     ids = topk_ids.view(torch.int32) if topk_ids.dtype == _UINT32 else topk_ids
     asked = ids
     if isinstance(n_tokens, Tensor) or (n_tokens is not None and n_tokens >= 0):
@@ -57,7 +59,7 @@ def map_topk_ids(
         asked = asked.masked_fill(~real, -1)
     if is_padding is not None:
         asked = asked.masked_fill(is_padding.unsqueeze(1), -1)
-    ids.copy_(planner.run(asked, None))
+    ids.copy_(planner.run(asked, None, lag=lag))
     if load is not None:
         slot = ids.flatten().long()
         load.scatter_add_(0, slot.clamp_min(0), (slot >= 0).to(load.dtype))

@@ -23,7 +23,7 @@ __all__ = ["physical_routing"]
 
 
 def physical_routing(
-    planner: Planner, routing_map: Tensor, probs: Tensor, *, is_padding: Tensor | None = None
+    planner: Planner, routing_map: Tensor, probs: Tensor, *, is_padding: Tensor | None = None, lag: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Say for every token which physical experts it goes to; collective under the planner's group.
 
@@ -35,6 +35,7 @@ def physical_routing(
         probs: its probabilities, floating ``[tokens, n_logical]``; differentiable.
         is_padding: bool, ``tokens`` elements, true for tokens that are padding: they go nowhere and count nowhere.
             Megatron's own ``padding_mask`` has the opposite meaning in some of its versions.
+        lag: as for `Planner.run`.
 
     Returns:
         The same for physical experts: bool and floating ``[tokens, n_physical]``. Where the map is false,
@@ -45,10 +46,10 @@ def physical_routing(
     """
     error = _refusal(planner, routing_map, probs, is_padding)
     if error is not None:
-        planner.refuse(error)
+        planner.refuse(error, lag=lag)
     wanted = routing_map if is_padding is None else routing_map & ~is_padding.reshape(-1, 1)
     expert = torch.arange(routing_map.shape[1], dtype=torch.int32, device=routing_map.device)
-    slot = planner.run(torch.where(wanted, expert, -1), None).long() + 1
+    slot = planner.run(torch.where(wanted, expert, -1), None, lag=lag).long() + 1
     # Column 0 takes what goes nowhere, so that no index has to be looked for, nor waited for on a GPU.
     shape = len(routing_map), planner.n_routed_experts + 1
     mapped = torch.zeros(shape, dtype=torch.bool, device=slot.device).scatter(1, slot, wanted)[:, 1:]
