@@ -49,6 +49,7 @@ import torch  # noqa: E402
 from cases import cube, eplb_like_placement, lplb_placement  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from rows import commit  # noqa: E402
 
 import lplb  # noqa: E402
 from lplb import _C, Placement, Planner, devices  # noqa: E402
@@ -642,17 +643,6 @@ def print_plan() -> int:
             add(f"{kind}, {case.name}", bar, [line for line in every if kind == "run" or line[0] != "solve"])
     console.print(table)
     return 0
-
-
-def commit() -> str:
-    """The checkout's commit, "+" if it has changes; LPLB_COMMIT where there is no git; or "unknown"."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LPLB_COMMIT", "unknown")
-    return name + ("+" if changed.stdout.strip() else "")
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,6 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import highspy
 import numpy as np
 import torch
 from rich.console import Console
@@ -44,6 +43,8 @@ class Row:
 
 def machine() -> dict[str, str]:
     """The machine and the software, without names that belong to somebody."""
+    import highspy  # here: bench_cuda.py does without
+
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -65,13 +66,13 @@ def machine() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, "+" if it has changes, or "unknown"."""
+    """The checkout's commit, "+" if it has changes; LPLB_COMMIT where there is no git; or "unknown"."""
     try:
         git = ["git", "-C", str(ROOT)]
         name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("LPLB_COMMIT", "unknown")
     return name + ("+" if changed.stdout.strip() else "")
 
 

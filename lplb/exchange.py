@@ -105,9 +105,9 @@ class _Line:
     def columns(self, columns: int) -> None:
         self._width[0] = columns
 
-    def share_width(self, other: "_Line") -> None:
-        """Have the width of another group's rows from now on."""
-        self._width = other._width
+    def stand_behind(self, other: "_Line") -> None:
+        """Be the background of another group: with its thread, and rows of its width from now on."""
+        self.worker, self._width = other.worker, other._width
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> "_Line":
@@ -188,7 +188,7 @@ def _another_group(ranks: Distributed) -> Distributed:
         options["sort_ranks"] = False  # older versions of torch always sort
     backend = dist.get_backend_config(ranks.group)
     other = Distributed(dist.new_group(members, _timeout(ranks.group), backend=backend, **options))
-    other.line.share_width(ranks.line)
+    other.line.stand_behind(ranks.line)
     return other
 
 

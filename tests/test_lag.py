@@ -308,6 +308,10 @@ def two_layers_and_a_refusal(rank):
             planner.run(torch.tensor([99 if rank else 1]), None)
         assert torch.equal(planner.last_plan.counts, kept.counts)
         assert planner.last_plan.traffic() == kept.traffic()
+    planners[0].update_redundancy_mapping(torch.arange(8))  # its new backend goes on in the same background
+    for call in range(2):
+        for number, planner in enumerate(planners):
+            planner.run(batch([call, number, rank], (30, 2), 8), None, lag=1)
     threads = [thread.name for thread in threading.enumerate()].count("lplb")
     pid = os.fork()
     if pid == 0:  # what the parent has in the background is not the child's
