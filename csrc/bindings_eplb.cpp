@@ -19,8 +19,7 @@ T* at(Address a) {
 lplb::eplb::Sizes sizes_of(const std::array<int, 5>& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
 
 lplb::cpu::Layers layers_at(int64_t n, const std::array<Address, 5>& a) {
-  return {n,          at<const float>(a[0]), at<const float>(a[1]), at<int64_t>(a[2]), at<int32_t>(a[3]),
-          at<int64_t>(a[4])};
+  return {n, at<const float>(a[0]), at<const float>(a[1]), at<int64_t>(a[2]), at<int32_t>(a[3]), at<int64_t>(a[4])};
 }
 
 int64_t place(const std::array<int, 5>& sizes, int64_t n, const std::array<Address, 5>& arrays, bool distinct,
