@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from reference_eplb import rebalance_reference
 
@@ -119,7 +119,7 @@ def imbalance(weight, phy2log, num_gpus):
     for load, row in zip(weight, np.asarray(phy2log), strict=True):
         share = load / np.bincount(row, minlength=len(load))
         gpus = share[row].reshape(num_gpus, -1).sum(1)
-        out.append(gpus.max() / gpus.mean())
+        out.append(gpus.max() / gpus.mean() if gpus.any() else 1.0)
     return np.array(out)
 
 
@@ -135,6 +135,27 @@ def test_no_worse_than_published(kind):
         assert mine[-1].mean() <= published[-1].mean()
     before, after = np.concatenate(published), np.concatenate(mine)
     assert (after <= before * (1 + 1e-6)).mean() >= 0.99
+
+
+@st.composite
+def loads_and_sizes(draw):
+    num_nodes = draw(st.integers(1, 2))
+    gpus_per_node, slots_per_gpu = draw(st.integers(2, 6)), draw(st.integers(2, 5))
+    per_node = draw(st.integers(slots_per_gpu, gpus_per_node * slots_per_gpu))
+    load = draw(st.sampled_from([st.integers(1, 6), st.integers(0, 10**6), st.sampled_from([1, 50, 3000])]))
+    row = draw(st.lists(load, min_size=num_nodes * per_node, max_size=num_nodes * per_node))
+    num_gpus = num_nodes * gpus_per_node
+    return np.array([row], dtype=np.float64), (num_gpus * slots_per_gpu, num_nodes, num_nodes, num_gpus)
+
+
+@settings(deadline=None, max_examples=300)
+@given(loads_and_sizes())
+def test_never_worse_than_published_without_doubles(case):
+    weight, sizes = case
+    published = rebalance_reference(torch.from_numpy(weight), *sizes)[0]
+    assume(all(len(set(gpu)) == len(gpu) for gpu in published.reshape(sizes[3], -1).tolist()))
+    placed = rebalance_experts(torch.from_numpy(weight), *sizes, distinct=True)[0]
+    assert imbalance(weight, placed, sizes[3])[0] <= imbalance(weight, published, sizes[3])[0] * (1 + 1e-6)
 
 
 def test_an_exchange_levels_what_longest_first_left():

@@ -288,14 +288,17 @@ class Distinct {
       node_[n].level_out(enough);
       if (node_[n].level() < before) continue;
       if (before <= enough || (before <= published && before < kGood * enough)) return;
-      recount(node_[n], enough, before <= published ? kSteps : kStepsBehind);
+      if (before <= published)
+        recount(node_[n], enough, enough, kSteps);
+      else
+        recount(node_[n], enough, published, kStepsBehind);
       if (!(node_[n].level() < before)) return;
     }
   }
 
   // A walk over copy counts: at each step one expert of the busiest GPU must do with a copy less; of these the least
-  // bad is gone on from, the best of all is kept.
-  void recount(Node& node, double enough, int steps) {
+  // bad is gone on from, the best of all is kept. Ends where the node has at most `goal`.
+  void recount(Node& node, double enough, double goal, int steps) {
     walk_ = node;
     for (int step = 0; step < steps; ++step) {
       const int a = walk_.busiest();
@@ -314,7 +317,7 @@ class Distinct {
       std::swap(walk_, next_);
       if (walk_.level() < node.level() * (1 - 1e-7)) {
         node = walk_;
-        if (node.level() <= enough) return;
+        if (node.level() <= goal) return;
       }
     }
   }
