@@ -47,7 +47,6 @@ class Node {
   int n_experts() const { return n_; }
   int expert(int e) const { return which_[e]; }
   int count(int e) const { return copies_.count[e]; }
-  const Copies& copies() const { return copies_; }
   const Slot* slots(int gpu) const { return &slot_[gpu * room_]; }
   int busiest() const {
     int a = 0;
