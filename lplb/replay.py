@@ -117,7 +117,7 @@ def split_evenly(placement: Placement, counts: _Counts) -> _Counts:
 
     Args:
         placement: where the experts are.
-        counts: tokens of each expert, ``[n_logical]``.
+        counts: tokens of each expert, ``[n_logical]`` or a batch ``[n, n_logical]``.
     """
     expert = placement.phy2log.numpy()
     copies = placement.logcnt.numpy()[expert].astype(np.int64)
@@ -125,7 +125,7 @@ def split_evenly(placement: Placement, counts: _Counts) -> _Counts:
     for slots in placement.log2phy.numpy():
         held = slots[slots >= 0]
         number[held] = np.arange(len(held))
-    each, left = np.divmod(counts[expert], copies)
+    each, left = np.divmod(counts[..., expert], copies)
     quota: _Counts = each + ((number - expert) % copies < left)
     return quota
 
