@@ -137,12 +137,14 @@ class Simulation:
     @cached_property
     def max_load(self) -> _Ints:
         """Tokens on the busiest rank, ``[batches, layers]``."""
-        return self.rank_load.max(-1)
+        most: _Ints = self.rank_load.max(-1)
+        return most
 
     @cached_property
     def mean_load(self) -> _Floats:
         """Tokens on a rank on average, ``[batches, layers]``."""
-        return self.rank_load.mean(-1)
+        mean: _Floats = self.rank_load.mean(-1)
+        return mean
 
     @cached_property
     def imbalance(self) -> _Floats:
@@ -453,7 +455,8 @@ def _moved(old: Placement, new: Placement) -> int:
 
 
 def _key(rows: torch.Tensor, experts: torch.Tensor, n_logical: int) -> _Ints:
-    return rows.numpy().astype(np.int64) * n_logical + experts.numpy()
+    key: _Ints = rows.numpy().astype(np.int64) * n_logical + experts.numpy()
+    return key
 
 
 # ---- batches
@@ -461,7 +464,9 @@ def _key(rows: torch.Tensor, experts: torch.Tensor, n_logical: int) -> _Ints:
 
 def _by_node(sources: npt.NDArray[Any], n_nodes: int) -> _Ints:
     n_batches, n_layers, n_sources, n_logical = sources.shape
-    return sources.reshape(n_batches, n_layers, n_nodes, n_sources // n_nodes, n_logical).sum(3, dtype=np.int64)
+    nodes = sources.reshape(n_batches, n_layers, n_nodes, n_sources // n_nodes, n_logical)
+    counts: _Ints = nodes.sum(3, dtype=np.int64)
+    return counts
 
 
 class _Run:
@@ -504,9 +509,7 @@ class _Run:
             if self.seconds is not None and self.model is not None:
                 self.seconds[rows, layer] = self.model(quota, placement)
 
-    def result(
-        self, at: list[int], moved: _Ints, expert_bytes: int, placements: list[list[Placement]]
-    ) -> Simulation:
+    def result(self, at: list[int], moved: _Ints, expert_bytes: int, placements: list[list[Placement]]) -> Simulation:
         """What has been filled."""
         return Simulation(
             self.setting,
