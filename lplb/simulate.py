@@ -7,183 +7,28 @@ checked: the tokens of every expert are all served by its copies, and no split i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb import topology
 from lplb.arguments import MOST_TOKENS, check_divides, checked_group_size, seen, whole_number
 from lplb.placement import Placement
+from lplb.placers import NAMES, Placer, placer
 from lplb.plan import SolveStatus, checked_solver
 from lplb.planner import Planner
-from lplb.policies import POLICIES, place
 from lplb.replay import CheckFailed, split_evenly
+from lplb.simulation import Setting, Simulation
 
-__all__ = ["SPLITS", "TOPOLOGIES", "Setting", "Simulation", "Summary", "simulate", "topology_by_name"]
+__all__ = ["SPLITS", "LayerSeconds", "Setting", "Simulation", "check_configuration", "simulate"]
 
 SPLITS = ("lp", "even")
-TOPOLOGIES = ("cube", "hypercube", "torus", "ring", "circulant")
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
-_Placer = Callable[[_Ints], list[Placement]]
 LayerSeconds = Callable[[_Ints, Placement], _Floats]
 """From tokens of each slot, ``[n, n_physical]``, and where they are, to seconds ``[n]``."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One configuration."""
-
-    policy: str
-    """``"none"``, a policy of `lplb.policies`, a topology's name, or ``"own"`` for a caller's function."""
-    split: str
-    """``"lp"`` or ``"even"``."""
-    n_ranks: int
-    """Ranks."""
-    n_logical: int
-    """Logical experts."""
-    n_physical: int
-    """Slots on all ranks."""
-    group_size: int
-    """Consecutive ranks that balance among themselves."""
-    n_nodes: int
-    """Nodes of consecutive ranks."""
-    refresh: int
-    """Batches from one placement to the next; 0: placed once."""
-    window: int
-    """Batches before it that a placement is made from."""
-    solver: str
-    """``"ipm"`` or ``"flow"``."""
-
-    @property
-    def name(self) -> str:
-        """Policy and split, as tables show it."""
-        return "none" if self.policy == "none" else f"{self.policy}, {self.split}"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A simulation in a few numbers, over all counted batches and layers."""
-
-    imbalance_mean: float
-    """Busiest rank's tokens over the mean of all ranks: the mean,"""
-    imbalance_p99: float
-    """its 99th percentile,"""
-    imbalance_max: float
-    """and the largest."""
-    bound_mean: float
-    """The certified lower bound on this placement, over the mean of all ranks; mean. No split can have a lower mean
-    imbalance."""
-    balancedness: float
-    """Mean over busiest, averaged; 1 is perfect. What serving engines print."""
-    cross_node_share: float | None
-    """Share of tokens (each once for each of its experts) that go to another node than theirs; None: not known."""
-    slots_moved: int
-    """Slots that a new placement filled with an expert which their rank did not have before; all refreshes, all layers.
-    The first placement is not counted."""
-    moved_bytes: int
-    """The same in bytes."""
-    refreshes: int
-    """Placements after the first."""
-    layer_seconds_mean: float | None
-    """Modelled time of a layer; None: not asked for."""
-    iterations_mean: float
-    """Solver's steps (interior point) or cuts (flow), of the balance group with most: the mean,"""
-    iterations_max: int
-    """and the most."""
-    gap_max: float
-    """The largest certified gap of a solve."""
-    unsolved: int
-    """Solves that did not end as solved."""
-
-
-@dataclass(frozen=True, eq=False)
-class Simulation:
-    """What came out of one configuration; arrays are of the counted batches, ``first`` and later."""
-
-    setting: Setting
-    """The configuration."""
-    first: int
-    """Which batch of the loads is the first that is counted; before it there was no history."""
-    rank_load: _Ints
-    """Tokens on each rank, ``[batches, layers, ranks]``."""
-    lower_bound: _Floats
-    """No split over this placement has a smaller busiest rank: tokens, ``[batches, layers]``."""
-    iterations: npt.NDArray[np.int32]
-    """Steps or cuts of the solve, of the balance group with most, ``[batches, layers]``."""
-    gap: _Floats
-    """The largest certified gap of the balance groups, ``[batches, layers]``."""
-    solved: npt.NDArray[np.bool_]
-    """Whether all groups were solved, ``[batches, layers]``."""
-    cross_node: _Ints | None
-    """Tokens that go to another node, ``[batches, layers]``: the fewest that the split's quotas allow, which is what
-    the source-aware split has. None where the loads do not say where tokens come from."""
-    layer_seconds: _Floats | None
-    """Modelled time, ``[batches, layers]``, where it was asked for."""
-    placed_at: list[int]
-    """The batches of the loads before which experts were placed, the first of them ``first``."""
-    slots_moved: _Ints
-    """Slots that each of these filled with an expert new to their rank, ``[len(placed_at), layers]``; the first: 0."""
-    expert_bytes: int
-    """Bytes that one moved slot costs."""
-    placements: list[list[Placement]] = field(repr=False)
-    """The placements, by refresh and layer."""
-
-    @cached_property
-    def max_load(self) -> _Ints:
-        """Tokens on the busiest rank, ``[batches, layers]``."""
-        most: _Ints = self.rank_load.max(-1)
-        return most
-
-    @cached_property
-    def mean_load(self) -> _Floats:
-        """Tokens on a rank on average, ``[batches, layers]``."""
-        mean: _Floats = self.rank_load.mean(-1)
-        return mean
-
-    @cached_property
-    def imbalance(self) -> _Floats:
-        """Busiest over mean, ``[batches, layers]``; 1 without tokens."""
-        return self._over_mean(self.max_load.astype(np.float64))
-
-    @cached_property
-    def bound_imbalance(self) -> _Floats:
-        """Certified lower bound over mean, ``[batches, layers]``; 1 without tokens."""
-        return self._over_mean(self.lower_bound)
-
-    def _over_mean(self, load: _Floats) -> _Floats:
-        return np.divide(load, self.mean_load, out=np.ones_like(load), where=self.mean_load > 0)
-
-    @cached_property
-    def summary(self) -> Summary:
-        """The few numbers that tables show."""
-        tokens = int(self.rank_load.sum())
-        moved = int(self.slots_moved.sum())
-        return Summary(
-            imbalance_mean=float(self.imbalance.mean()),
-            imbalance_p99=float(np.percentile(self.imbalance, 99)),
-            imbalance_max=float(self.imbalance.max()),
-            bound_mean=float(self.bound_imbalance.mean()),
-            balancedness=float((1 / self.imbalance).mean()),
-            cross_node_share=None if self.cross_node is None else int(self.cross_node.sum()) / max(tokens, 1),
-            slots_moved=moved,
-            moved_bytes=moved * self.expert_bytes,
-            refreshes=len(self.placed_at) - 1,
-            layer_seconds_mean=None if self.layer_seconds is None else float(self.layer_seconds.mean()),
-            iterations_mean=float(self.iterations.mean()),
-            iterations_max=int(self.iterations.max()),
-            gap_max=float(self.gap.max()),
-            unsolved=int((~self.solved).sum()),
-        )
-
-    def row(self) -> dict[str, Any]:
-        """Setting and summary as one flat row."""
-        return {**asdict(self.setting), "expert_bytes": self.expert_bytes, **asdict(self.summary)}
 
 
 def simulate(
@@ -191,7 +36,7 @@ def simulate(
     *,
     n_ranks: int,
     n_physical: int | None = None,
-    policy: str | _Placer = "lp",
+    policy: str | Placer = "lp",
     split: str = "lp",
     group_size: int | None = None,
     n_groups: int = 1,
@@ -239,12 +84,10 @@ def simulate(
     """
     counts, sources = _checked_loads(loads)
     setting, at = _checked_setting(
-        counts, n_ranks, n_physical, policy, split, group_size, n_nodes, refresh, window, warmup, solver
+        loads.shape, n_ranks, n_physical, policy, split, group_size, n_nodes, refresh, window, warmup, solver
     )
     whole_number("expert_bytes", expert_bytes, 0)
-    if sources is not None and sources.shape[2] % n_nodes:
-        raise ValueError(f"loads has {sources.shape[2]} sources, allowed is a multiple of n_nodes = {n_nodes}")
-    placer = policy if callable(policy) else _placer(setting, n_groups)
+    place = policy if callable(policy) else placer(setting, n_groups)
     by_node = None if sources is None else _by_node(sources, n_nodes)
     run = _Run(setting, counts, by_node, at[0], layer_seconds)
     placements: list[list[Placement]] = []
@@ -252,7 +95,7 @@ def simulate(
     for i, (begin, end) in enumerate(zip(at, [*at[1:], len(counts)], strict=True)):
         if i == 0 or policy != "none":
             history = np.ascontiguousarray(counts[max(0, begin - window) : begin].transpose(1, 0, 2))
-            placed = _checked_placements(placer(history), setting, counts.shape[1])
+            placed = _checked_placements(place(history), setting, counts.shape[1])
         placements.append(placed)
         if i:
             moved[i] = [_moved(old, new) for old, new in zip(placements[-2], placed, strict=True)]
@@ -288,25 +131,42 @@ def _checked_loads(loads: object) -> tuple[_Ints, npt.NDArray[Any] | None]:
     return total, given
 
 
+def check_configuration(loads: npt.NDArray[Any], **options: Any) -> None:
+    """Raise what `simulate` would for a configuration, without simulating; the values of loads are not looked at.
+
+    Args:
+        loads: as for `simulate`.
+        options: as for `simulate`; ``n_ranks`` is a must.
+
+    Raises:
+        TypeError, ValueError: as `simulate`.
+    """
+    n_groups = options.pop("n_groups", 1)
+    for name in ("expert_bytes", "layer_seconds", "on_batches"):
+        options.pop(name, None)
+    setting, _ = _checked_setting(loads.shape, **options)
+    if not callable(options.get("policy")):
+        placer(setting, n_groups)(np.ones((1, 1, setting.n_logical), dtype=np.int64))
+
+
 def _checked_setting(
-    counts: _Ints,
+    shape: Sequence[int],
     n_ranks: int,
-    n_physical: int | None,
-    policy: object,
-    split: str,
-    group_size: int | None,
-    n_nodes: int,
-    refresh: int,
-    window: int,
-    warmup: int | None,
-    solver: str,
+    n_physical: int | None = None,
+    policy: object = "lp",
+    split: str = "lp",
+    group_size: int | None = None,
+    n_nodes: int = 1,
+    refresh: int = 16,
+    window: int = 32,
+    warmup: int | None = None,
+    solver: str = "ipm",
 ) -> tuple[Setting, list[int]]:
     """The configuration, and at which batches experts are placed."""
-    n_batches, _, n_logical = counts.shape
+    n_batches, *_, n_logical = shape
     n_ranks = whole_number("n_ranks", n_ranks, 1)
-    known = ("none", *POLICIES, *TOPOLOGIES)
-    if not callable(policy) and policy not in known:
-        raise ValueError(f"policy is {policy!r}, allowed are {', '.join(map(repr, known))} or a function")
+    if not callable(policy) and policy not in NAMES:
+        raise ValueError(f"policy is {policy!r}, allowed are {', '.join(map(repr, NAMES))} or a function")
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, allowed are {', '.join(map(repr, SPLITS))}")
     if n_physical is None:
@@ -316,6 +176,8 @@ def _checked_setting(
     group_size = checked_group_size(n_ranks, group_size)
     check_divides("n_ranks", n_ranks, "group_size", group_size)
     check_divides("n_ranks", n_ranks, "n_nodes", whole_number("n_nodes", n_nodes, 1))
+    if len(shape) == 4 and shape[2] % n_nodes:
+        raise ValueError(f"loads has {shape[2]} sources, allowed is a multiple of n_nodes = {n_nodes}")
     refresh, window = whole_number("refresh", refresh, 0), whole_number("window", window, 1)
     warmup = (refresh or window) if warmup is None else whole_number("warmup", warmup, 1)
     if n_batches <= warmup:
@@ -345,107 +207,7 @@ def _checked_placements(placed: object, setting: Setting, n_layers: int) -> list
     return placed
 
 
-# ---- placing
-
-
-def topology_by_name(name: str, group_size: int, n_redundant: int, ranks_per_node: int = 1) -> torch.Tensor:
-    """Return a topology for a balance group: int32 ``[group_size, classes]``, ``classes`` dividing ``n_redundant``.
-
-    ``"cube"`` is for 8 ranks, ``"hypercube"`` for 16, ``"torus"`` the squarest for any product of two numbers, all with
-    2 classes; ``"ring"`` has one. ``"circulant"`` has ``n_redundant`` classes, its shifts spread over what leaves the
-    original's node, or over all ranks where nothing does.
-
-    Args:
-        name: one of `TOPOLOGIES`.
-        group_size: ranks of the group.
-        n_redundant: redundant slots per rank, 1 or more.
-        ranks_per_node: consecutive ranks of a node.
-
-    Raises:
-        ValueError: there is no such topology of that size.
-    """
-    if name not in TOPOLOGIES:
-        raise ValueError(f"topology is {name!r}, allowed are {', '.join(map(repr, TOPOLOGIES))}")
-    sizes = {"cube": 8, "hypercube": 16}
-    if group_size != sizes.get(name, group_size):
-        raise ValueError(f"policy {name!r} has balance groups of {group_size} ranks, allowed are {sizes[name]}")
-    n = group_size
-    if name == "circulant":
-        r2o = topology.circulant(n, *_shifts(n, n_redundant, ranks_per_node))
-    elif name == "torus":
-        rows = max((m for m in range(2, int(n**0.5) + 1) if n % m == 0), default=0)
-        if not rows:
-            raise ValueError(f"policy 'torus' has balance groups of {n} ranks, allowed are products of two numbers")
-        r2o = topology.torus(rows, n // rows)
-    else:
-        r2o = {"cube": topology.cube, "hypercube": topology.hypercube}.get(name, lambda: topology.ring(n))()
-    classes = r2o.shape[1]
-    if n_redundant < 1 or n_redundant % classes:
-        raise ValueError(
-            f"policy {name!r} has {n_redundant} redundant slots per rank, allowed is a multiple of {classes}"
-        )
-    return r2o
-
-
-def _shifts(n: int, classes: int, ranks_per_node: int) -> list[int]:
-    """Shifts by the golden ratio, which are far from one another and from one another's negatives."""
-    near = ranks_per_node if 2 * ranks_per_node <= n else 1
-    free = list(range(near, n - near + 1))
-    if not 1 <= classes <= len(free):
-        raise ValueError(
-            f"policy 'circulant' has {classes} redundant slots per rank, allowed are 1 to {len(free)} in balance "
-            f"groups of {n} ranks"
-        )
-    shifts = []
-    for k in range(1, classes + 1):
-        wanted = near + (k * 0.6180339887498949 % 1) * (n - 2 * near)
-        nearest = min(free, key=lambda shift: abs(shift - wanted))
-        free.remove(nearest)
-        shifts.append(nearest)
-    return shifts
-
-
-def _placer(setting: Setting, n_groups: int) -> _Placer:
-    """The policy as a function from history to placements."""
-    s = setting
-    if s.policy == "none":
-        return lambda history: [Placement(np.arange(s.n_logical), s.n_ranks)] * len(history)
-    if s.policy in TOPOLOGIES:
-        check_divides("n_logical", s.n_logical, "n_ranks", s.n_ranks)
-        redundant = (s.n_physical - s.n_logical) // s.n_ranks
-        r2o = topology_by_name(s.policy, s.group_size, redundant, s.n_ranks // s.n_nodes)
-        planner = Planner(r2o, s.n_physical, s.n_logical, s.n_ranks, ranks_per_node=s.n_ranks // s.n_nodes)
-
-        def remap(history: _Ints) -> list[Placement]:
-            placed = []
-            for layer in _nowhere_empty(history):
-                planner.update_redundancy_mapping(torch.from_numpy(layer.sum(0)))
-                placed.append(planner.placement)
-            return placed
-
-        return remap
-
-    def by_policy(history: _Ints) -> list[Placement]:
-        placed = place(
-            _nowhere_empty(history),
-            n_ranks=s.n_ranks,
-            n_physical=s.n_physical,
-            policy=s.policy,
-            group_size=s.group_size,
-            n_groups=n_groups,
-            n_nodes=s.n_nodes,
-            fallback=s.split,
-        )
-        assert isinstance(placed, list)
-        return placed
-
-    return by_policy
-
-
-def _nowhere_empty(history: _Ints) -> _Ints:
-    """History in which a layer without any token counts as uniform."""
-    empty = history.sum((1, 2)) == 0
-    return np.where(empty[:, None, None], 1, history) if empty.any() else history
+# ---- batches
 
 
 def _moved(old: Placement, new: Placement) -> int:
@@ -457,9 +219,6 @@ def _moved(old: Placement, new: Placement) -> int:
 def _key(rows: torch.Tensor, experts: torch.Tensor, n_logical: int) -> _Ints:
     key: _Ints = rows.numpy().astype(np.int64) * n_logical + experts.numpy()
     return key
-
-
-# ---- batches
 
 
 def _by_node(sources: npt.NDArray[Any], n_nodes: int) -> _Ints:

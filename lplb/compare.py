@@ -1,0 +1,206 @@
+"""Many configurations on the same loads, side by side, and their table: what ``lplb simulate`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from lplb.arguments import whole_number
+from lplb.scenes import Scene
+from lplb.simulate import LayerSeconds, Simulation, check_configuration, simulate
+
+__all__ = ["Configuration", "compare", "configurations", "notes", "table"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What differs from one simulation to the next."""
+
+    n_ranks: int
+    """Ranks."""
+    policy: str
+    """Who places experts."""
+    split: str
+    """Who shares out batches."""
+
+
+def configurations(ranks: Sequence[int], policies: Sequence[str], splits: Sequence[str]) -> list[Configuration]:
+    """Return every combination, in this order, each once; ``"none"`` has no choice of splits, and comes first.
+
+    Args:
+        ranks: numbers of ranks.
+        policies: as for `simulate`.
+        splits: as for `simulate`.
+    """
+    for name, given in (("ranks", ranks), ("policies", policies), ("splits", splits)):
+        if isinstance(given, str) or not len(given):
+            raise ValueError(f"{name} is {given!r}, allowed is a sequence of one or more")
+    wanted = []
+    for n_ranks in ranks:
+        wanted += [Configuration(n_ranks, "none", splits[0])] if "none" in policies else []
+        wanted += [Configuration(n_ranks, p, split) for p in policies for split in splits if p != "none"]
+    return list(dict.fromkeys(wanted))
+
+
+def compare(
+    scene: Scene,
+    wanted: Sequence[Configuration],
+    *,
+    slots: int | None = None,
+    redundant: int = 2,
+    layer_seconds: Callable[[Configuration], LayerSeconds] | None = None,
+    on_batches: Callable[[Configuration, int], object] | None = None,
+    **options: Any,
+) -> list[Simulation]:
+    """Simulate every configuration on the same loads.
+
+    All configurations are checked before the first is simulated.
+
+    Args:
+        scene: the loads.
+        wanted: the configurations.
+        slots: on all ranks; by default ``redundant`` says. ``"none"`` has one per expert.
+        redundant: slots per rank beyond those that hold all experts once.
+        layer_seconds: makes the model of a layer's time for a configuration.
+        on_batches: called with a configuration and how many of its batches are done, after each placement's.
+        options: of `simulate`, for all.
+
+    Returns:
+        The simulations, as in ``wanted``.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed.
+        CheckFailed: see `simulate`.
+    """
+    redundant = whole_number("redundant", redundant, 0)
+    n_logical = scene.counts.shape[-1]
+    calls = []
+    for c in wanted:
+        spread = -(-n_logical // whole_number("n_ranks", c.n_ranks, 1)) + redundant
+        n_physical = n_logical if c.policy == "none" else spread * c.n_ranks if slots is None else slots
+        calls.append({"n_ranks": c.n_ranks, "n_physical": n_physical, "policy": c.policy, "split": c.split, **options})
+        check_configuration(scene.counts, **calls[-1])
+    done = []
+    for c, call in zip(wanted, calls, strict=True):
+        model = None if layer_seconds is None else layer_seconds(c)
+        report = None if on_batches is None else (lambda n, c=c: on_batches(c, n))
+        done.append(simulate(scene.counts, layer_seconds=model, on_batches=report, **call))
+    return done
+
+
+def table(simulations: Sequence[Simulation], loads: str) -> Table:
+    """Return the results as one table, a section for each number of ranks.
+
+    Args:
+        simulations: of the same loads.
+        loads: what the loads are called.
+    """
+    s = simulations[0]
+    n_batches, n_layers, _ = s.rank_load.shape
+    shown = Table(title=f"{loads}: batches {s.first} to {s.first + n_batches - 1}, {n_layers} layers")
+    shown.add_column("")
+    for heading in _HEADINGS:
+        shown.add_column(heading, justify="right")
+    last = None
+    for s in simulations:
+        here = s.setting
+        head = (here.n_ranks, here.group_size, here.n_nodes)
+        if head != last:
+            shown.add_section()
+            groups = f", groups of {here.group_size}" if here.group_size < here.n_ranks else ""
+            nodes = f", {here.n_nodes} nodes" if here.n_nodes > 1 else ""
+            shown.add_row(f"[bold]{here.n_ranks} ranks, {here.n_logical} experts{groups}{nodes}")
+            last = head
+        best = s is min((o for o in simulations if o.setting.n_ranks == here.n_ranks), key=_mean)
+        shown.add_row(f"  {here.name} [dim]({here.n_physical} slots)", *cells(s), style="green" if best else None)
+    return shown
+
+
+_HEADINGS = (
+    "imbalance\nmean",
+    "certified\nbound",
+    "imbalance\np99",
+    "balanced-\nness",
+    "cross-\nnode",
+    "moved at a\nrefresh",
+    "layer time\n(model)",
+)
+
+
+def _mean(s: Simulation) -> float:
+    return s.summary.imbalance_mean
+
+
+def cells(s: Simulation) -> list[str]:
+    """Return a simulation's numbers as the table shows them, in the order of its columns."""
+    n = s.summary
+    return [
+        f"{n.imbalance_mean:.3f}",
+        f"{n.bound_mean:.3f}",
+        f"{n.imbalance_p99:.3f}",
+        f"{n.balancedness:.3f}",
+        "-" if n.cross_node_share is None else f"{n.cross_node_share:.1%}",
+        _moved(s),
+        "-" if n.layer_seconds_mean is None else f"{n.layer_seconds_mean * 1e6:.0f} µs",
+    ]
+
+
+def _moved(s: Simulation) -> str:
+    n = s.summary
+    if s.setting.policy == "none" or not n.refreshes:
+        return "-"
+    if s.expert_bytes:
+        return in_bytes(n.moved_bytes / n.refreshes)
+    return f"{n.slots_moved / n.refreshes:.0f} slots"
+
+
+def in_bytes(n: float) -> str:
+    """Return bytes with a decimal unit: ``"12.3 GB"``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            break
+        n /= 1000
+    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+
+
+NOTES = (
+    (
+        "imbalance",
+        "Busiest rank's tokens / mean over ranks, 1 is perfect. Mean and 99th percentile over batches and layers.",
+    ),
+    (
+        "certified bound",
+        "No split of the tokens over this placement has a lower mean imbalance: a proof, from the LP's dual.",
+    ),
+    ("balancedness", "Mean over busiest, averaged: what serving engines print."),
+    (
+        "cross-node",
+        "Share of tokens, each once per expert, that leave their node; copies take their own node's tokens first.",
+    ),
+    ("moved", "Experts that ranks get anew when experts are placed again, all layers together; mean over refreshes."),
+    ("layer time", "A model, not a measurement: see lplb.cost."),
+)
+"""What the words in the table mean."""
+
+
+def notes(simulations: Sequence[Simulation]) -> Table:
+    """Return what the words in the table mean, those that it uses."""
+    s = simulations[0]
+    unused = {"cross-node"} if s.cross_node is None else set()
+    unused |= {"layer time"} if s.layer_seconds is None else set()
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold dim", no_wrap=True)
+    grid.add_column(style="dim")
+    for word, meaning in NOTES:
+        if word not in unused:
+            grid.add_row(word, meaning)
+    again = f"and again every {s.setting.refresh} batches" if s.setting.refresh else "once"
+    grid.add_row(
+        "placements",
+        f"Made {again} from the {s.setting.window} batches before; batches 0 to {s.first - 1} are history only and not "
+        "counted for any method.",
+    )
+    return grid
