@@ -30,8 +30,8 @@ def topology_by_name(name: str, group_size: int, n_redundant: int, ranks_per_nod
     """Return a topology for a balance group: int32 ``[group_size, classes]``, ``classes`` dividing ``n_redundant``.
 
     ``"cube"`` is for 8 ranks, ``"hypercube"`` for 16, ``"torus"`` the squarest for any product of two numbers, all with
-    2 classes; ``"ring"`` has one. ``"circulant"`` has ``n_redundant`` classes, its shifts spread over what leaves the
-    original's node, or over all ranks where nothing does.
+    2 classes; ``"ring"`` has one. ``"circulant"`` has ``n_redundant`` classes, its shifts spread over those that
+    leave the original's node, or over all where those do not suffice.
 
     Args:
         name: one of `TOPOLOGIES`.
@@ -67,7 +67,7 @@ def topology_by_name(name: str, group_size: int, n_redundant: int, ranks_per_nod
 
 def _shifts(n: int, classes: int, ranks_per_node: int) -> list[int]:
     """Shifts by the golden ratio, which are far from one another and from one another's negatives."""
-    near = ranks_per_node if 2 * ranks_per_node <= n else 1
+    near = ranks_per_node if n - 2 * ranks_per_node + 1 >= classes else 1
     free = list(range(near, n - near + 1))
     if not 1 <= classes <= len(free):
         raise ValueError(
