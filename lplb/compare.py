@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from lplb.arguments import whole_number
 from lplb.scenes import Scene
@@ -100,34 +102,40 @@ def table(simulations: Sequence[Simulation], loads: str) -> Table:
     """
     s = simulations[0]
     n_batches, n_layers, _ = s.rank_load.shape
-    shown = Table(title=f"{loads}: batches {s.first} to {s.first + n_batches - 1}, {n_layers} layers")
-    shown.add_column("")
-    for heading in _HEADINGS:
-        shown.add_column(heading, justify="right")
+    span = f"batches {s.first} to {s.first + n_batches - 1}, {n_layers} layers, {s.setting.n_logical} experts"
+    shown = Table(title=Text(f"{loads}: {span}"), box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    shown.add_column("policy /\nsplit", no_wrap=True)
+    for heading in HEADINGS:
+        shown.add_column("\n".join(heading), justify="right", no_wrap=True)
     last = None
     for s in simulations:
-        here = s.setting
-        head = (here.n_ranks, here.group_size, here.n_nodes)
-        if head != last:
+        if section(s) != last:
+            last = section(s)
             shown.add_section()
-            groups = f", groups of {here.group_size}" if here.group_size < here.n_ranks else ""
-            nodes = f", {here.n_nodes} nodes" if here.n_nodes > 1 else ""
-            shown.add_row(f"[bold]{here.n_ranks} ranks, {here.n_logical} experts{groups}{nodes}")
-            last = head
-        best = s is min((o for o in simulations if o.setting.n_ranks == here.n_ranks), key=_mean)
-        shown.add_row(f"  {here.name} [dim]({here.n_physical} slots)", *cells(s), style="green" if best else None)
+            shown.add_row(f"[bold]{last}")
+        best = s is min((o for o in simulations if section(o) == last), key=_mean)
+        shown.add_row(f"  {s.setting.name}", *cells(s), style="green" if best else None)
     return shown
 
 
-_HEADINGS = (
-    "imbalance\nmean",
-    "certified\nbound",
-    "imbalance\np99",
-    "balanced-\nness",
-    "cross-\nnode",
-    "moved at a\nrefresh",
-    "layer time\n(model)",
+HEADINGS = (
+    ("imbal.", "mean"),
+    ("lower", "bound"),
+    ("imbal.", "p99"),
+    ("bal-", "anced"),
+    ("cross-", "node"),
+    ("moved", "each"),
+    ("time", "(model)"),
 )
+"""Of the columns of `cells`, in two lines."""
+
+
+def section(s: Simulation) -> str:
+    """Return which part of the table a simulation is in: ``"32 ranks in 4 nodes"``."""
+    here = s.setting
+    groups = f", groups of {here.group_size}" if here.group_size < here.n_ranks else ""
+    nodes = f" in {here.n_nodes} nodes" if here.n_nodes > 1 else ""
+    return f"{here.n_ranks} ranks{nodes}{groups}"
 
 
 def _mean(s: Simulation) -> float:
@@ -154,7 +162,7 @@ def _moved(s: Simulation) -> str:
         return "-"
     if s.expert_bytes:
         return in_bytes(n.moved_bytes / n.refreshes)
-    return f"{n.slots_moved / n.refreshes:.0f} slots"
+    return f"{n.slots_moved / n.refreshes:.0f}"
 
 
 def in_bytes(n: float) -> str:
@@ -172,35 +180,42 @@ NOTES = (
         "Busiest rank's tokens / mean over ranks, 1 is perfect. Mean and 99th percentile over batches and layers.",
     ),
     (
-        "certified bound",
+        "lower bound",
         "No split of the tokens over this placement has a lower mean imbalance: a proof, from the LP's dual.",
     ),
-    ("balancedness", "Mean over busiest, averaged: what serving engines print."),
+    ("balanced", "Mean over busiest, averaged: what serving engines print."),
     (
         "cross-node",
         "Share of tokens, each once per expert, that leave their node; copies take their own node's tokens first.",
     ),
-    ("moved", "Experts that ranks get anew when experts are placed again, all layers together; mean over refreshes."),
-    ("layer time", "A model, not a measurement: see lplb.cost."),
+    ("moved each", "What ranks get anew each time that experts are placed again: weights, all layers together."),
 )
 """What the words in the table mean."""
 
 
-def notes(simulations: Sequence[Simulation]) -> Table:
-    """Return what the words in the table mean, those that it uses."""
+def notes(simulations: Sequence[Simulation], costs: str) -> Table:
+    """Return what the words in the table mean, those that it uses.
+
+    Args:
+        simulations: as for `table`.
+        costs: what the layer time is a model of.
+    """
     s = simulations[0]
     unused = {"cross-node"} if s.cross_node is None else set()
-    unused |= {"layer time"} if s.layer_seconds is None else set()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold dim", no_wrap=True)
     grid.add_column(style="dim")
     for word, meaning in NOTES:
         if word not in unused:
             grid.add_row(word, meaning)
-    again = f"and again every {s.setting.refresh} batches" if s.setting.refresh else "once"
+    if s.layer_seconds is not None:
+        grid.add_row("time", f"Of a layer: a model, not a measurement (lplb.cost): {costs}.")
+    often = f"Made every {s.setting.refresh} batches" if s.setting.refresh else "Made once"
+    slots = "; ".join(sorted({f"{o.setting.n_physical} on {o.setting.n_ranks} ranks" for o in simulations}, key=len))
+    grid.add_row("slots", f"{slots}.")
     grid.add_row(
         "placements",
-        f"Made {again} from the {s.setting.window} batches before; batches 0 to {s.first - 1} are history only and not "
+        f"{often} from the {s.setting.window} batches before; batches 0 to {s.first - 1} are history only and not "
         "counted for any method.",
     )
     return grid
