@@ -10,6 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE, Hardware, hardware_by_name, layer_time
 from lplb.models import MODELS, ModelShape, model_by_name
 from lplb.placers import NAMES
@@ -118,6 +120,7 @@ def _run(a: argparse.Namespace) -> None:
     scene = _loads(a)
     wanted = compare.configurations(a.ranks, a.policy, a.split)
     model, hardware = _shape(a.model, scene), hardware_by_name(a.hardware)
+    layer_time(np.zeros((1, 1)), 1, model, hardware, planner_seconds=a.planner_seconds)  # checks before the work
     options = {
         "slots": a.slots,
         "redundant": a.redundant,
@@ -132,7 +135,7 @@ def _run(a: argparse.Namespace) -> None:
     console = Console(stderr=a.json == "-")
     start = time.perf_counter()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         counted = len(scene.counts) - (a.refresh or a.window)
         bar = progress.add_task("batches", total=max(1, counted * len(wanted)))
 

@@ -171,16 +171,17 @@ def test_refuses_by_value(simulations, phase, change, message):
 
 # ---- in a browser
 
-CHROMIUM = next(
-    filter(
-        None, map(shutil.which, [os.environ.get("LPLB_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome"])
-    ),
-    None,
-)
-QUIET = (
-    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-    "--disable-quic --no-first-run"
-).split()
+NAMES = os.environ.get("LPLB_CHROMIUM", "chromium"), "chromium", "chromium-browser", "google-chrome"
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+    "--no-first-run",
+]
 
 
 @pytest.fixture(scope="module")
