@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--batches", type=int, metavar="N", help=f"only the first N (generated: {_SIZES['batches']})")
     sizes.add_argument("--layers", type=int, metavar="N", help=f"only the first N (generated: {_SIZES['layers']})")
-    sizes.add_argument("--experts", type=int, metavar="N", help=f"of generated loads (default: {_SIZES['experts']})")
+    sizes.add_argument("--experts", type=int, metavar="N", help=f"of a file, or generated: {_SIZES['experts']}")
     sizes.add_argument("--tokens", type=int, metavar="N", help=f"of generated batches (default: {_SIZES['tokens']})")
     sizes.add_argument("--seed", type=int, default=0, metavar="N", help="of generated loads (default: 0)")
     sizes.add_argument("--scale", type=int, default=1, metavar="N", help="count every token N times (default: 1)")
@@ -185,10 +185,10 @@ def _loads(a: argparse.Namespace) -> Scene:
     if a.scene:
         scene = _generated(a, sources)
     else:
-        for name in ("experts", "tokens"):
+        for name in ("tokens",) if a.load else ("experts", "tokens"):
             if getattr(a, name) is not None:
                 raise ValueError(f"--{name} is {getattr(a, name)}, allowed with --scene only")
-        scene = _from_file(a.load) if a.load else trace(sources)
+        scene = _from_file(a.load, a.experts) if a.load else trace(sources)
         for name, axis in (("batches", 0), ("layers", 1)):
             most, n = scene.counts.shape[axis], getattr(a, name)
             if n is not None and not 1 <= n <= most:
@@ -228,12 +228,19 @@ def _generated(a: argparse.Namespace, sources: int | None) -> Scene:
     return replace(scene, name=" ".join(a.scene))
 
 
-def _from_file(path: str) -> Scene:
+def _from_file(path: str, n_logical: int | None) -> Scene:
+    """A file's loads; averages are rounded to whole tokens, layers without any (not recorded) are left out."""
     from lplb.formats import read_loads
 
-    counts = read_loads(path)
+    loads = np.rint(read_loads(path, n_logical=n_logical))
+    recorded = loads.any((1, 2))
+    if not recorded.any():
+        raise ValueError(f"{path} has no tokens, allowed is at least one")
     name = os.path.basename(path)
-    return Scene(name, counts, [name] * len(counts))
+    if not recorded.all():
+        name += f", {recorded.sum()} of {len(loads)} layers"
+    counts = loads[recorded].transpose(1, 0, 2).astype(np.int64)
+    return Scene(name, counts, [os.path.basename(path)] * len(counts))
 
 
 # ---- costs

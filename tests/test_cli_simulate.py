@@ -106,7 +106,7 @@ def test_generated_loads(capsys):
         (["--scene", "storm"], "name is 'storm', allowed are 'lognormal'"),
         (["--scene", "zipf", "exponent"], "--scene has 'exponent', allowed are KEY=NUMBER"),
         (["--scene", "zipf", "exponent=x"], "--scene has 'exponent=x', allowed are KEY=NUMBER"),
-        (["--scene", "zipf", "share=1"], "--scene zipf got an unexpected keyword argument 'share'"),
+        (["--scene", "zipf", "share=1"], "--scene zipf: got an unexpected keyword argument 'share'"),
         (["--scene", "zipf", "seed=1"], "--scene has seed, allowed is the option --seed"),
         (["--scene", "zipf", "exponent=nan"], "exponent is nan, allowed are 0 to 10"),
         (["--csv", "no/such/a.csv"], "--csv is no/such/a.csv, whose folder"),
