@@ -121,6 +121,7 @@ def placer(setting: Setting, n_groups: int) -> Placer:
             n_groups=n_groups,
             n_nodes=s.n_nodes,
             fallback=s.split,
+            threads=torch.get_num_threads(),
         )
         assert isinstance(placed, list)
         return placed

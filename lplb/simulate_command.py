@@ -236,11 +236,11 @@ def _from_file(path: str, n_logical: int | None) -> Scene:
     recorded = loads.any((1, 2))
     if not recorded.any():
         raise ValueError(f"{path} has no tokens, allowed is at least one")
-    name = os.path.basename(path)
+    name = os.path.basename(path).encode(errors="replace").decode()
     if not recorded.all():
         name += f", {recorded.sum()} of {len(loads)} layers"
     counts = loads[recorded].transpose(1, 0, 2).astype(np.int64)
-    return Scene(name, counts, [os.path.basename(path)] * len(counts))
+    return Scene(name, counts, ["recorded"] * len(counts))
 
 
 # ---- costs

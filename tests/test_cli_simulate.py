@@ -85,6 +85,26 @@ def test_generated_loads(capsys):
     assert data["phase"][4:6] == ["hot 0", "hot 1"]
 
 
+def test_a_users_file(tmp_path, capsys):
+    loads = scenes.lognormal(18, 3, 16, tokens=640, seed=2).transpose(1, 0, 2)
+    loads[1] = 0  # a layer without experts
+    path = tmp_path / "=<b>loads.npy"
+    np.save(path, loads)
+    assert cli.main(["simulate", "--load", str(path), "--ranks", "4", "--policy", "none", "--json", "-"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["loads"] == "=<b>loads.npy, 2 of 3 layers"
+    assert set(data["phase"]) == {"recorded"}
+    expected = loads[[0, 2], 16:].transpose(1, 0, 2).reshape(2, 2, 4, 4).sum(-1)
+    assert np.array_equal(data["simulations"][0]["batches"]["rank_load"], expected)
+    assert cli.main(["simulate", "--load", str(path), "--ranks", "4", "--nodes", "2", "--policy", "none"]) == 0
+
+
+def test_a_file_without_tokens(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.zeros((2, 20, 8), dtype=np.int64))
+    assert cli.main(["simulate", "--load", str(tmp_path / "a.npy")]) == 1
+    assert "a.npy has no tokens, allowed is at least one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
