@@ -5,6 +5,7 @@ import io
 import json
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import cases
 import numpy as np
@@ -445,3 +446,10 @@ def test_files_are_written(two, tmp_path):
         "summary.csv",
     ]
     assert (tmp_path / "new" / "folder" / "summary.csv").read_text() == results.summary_csv(two)
+
+
+def test_the_manual_has_every_column():
+    manual = (Path(__file__).parents[1] / "docs" / "simulate.md").read_text()
+    for columns in (results.SUMMARY_COLUMNS, results.BATCH_COLUMNS):
+        for name, meaning in columns.items():
+            assert f"| `{name}` | {meaning} |" in manual
