@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lplb.placement import Placement
 
-__all__ = ["Setting", "Simulation", "Summary"]
+__all__ = ["PhaseMeans", "Setting", "Simulation", "Summary"]
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
@@ -82,6 +83,19 @@ class Summary:
     """The largest certified gap of a solve."""
     unsolved: int
     """Solves that did not end as solved."""
+
+
+class PhaseMeans(NamedTuple):
+    """A simulation's imbalance over the batches of one phase, all layers."""
+
+    batches: int
+    """How many batches."""
+    imbalance_mean: float
+    """As in `Summary`, here and below."""
+    imbalance_p99: float
+    """Of these batches."""
+    bound_mean: float
+    """Of these batches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +176,27 @@ class Simulation:
             gap_max=float(self.gap.max()),
             unsolved=int((~self.solved).sum()),
         )
+
+    def by_phase(self, phase: Sequence[str]) -> dict[str, PhaseMeans]:
+        """Return the imbalance by what batches are made of, in the order in which that first comes.
+
+        Args:
+            phase: of every batch of the loads.
+
+        Raises:
+            ValueError: there are more counted batches than phases.
+        """
+        counted = np.array(list(phase[self.first : self.first + len(self.rank_load)]), dtype=object)
+        if len(counted) < len(self.rank_load):
+            raise ValueError(
+                f"phase has {len(phase)} entries, allowed is one per batch, {self.first + len(self.rank_load)}"
+            )
+        means = {}
+        for name in dict.fromkeys(counted):
+            of = self.imbalance[counted == name]
+            bound = self.bound_imbalance[counted == name]
+            means[name] = PhaseMeans(len(of), float(of.mean()), float(np.percentile(of, 99)), float(bound.mean()))
+        return means
 
     def row(self) -> dict[str, Any]:
         """Setting and summary as one flat row."""

@@ -218,6 +218,19 @@ def test_summary_is_numpys():
     assert s.unsolved == 0
 
 
+def test_phases_have_means_of_their_own():
+    result = simulate(loads(9), n_ranks=4, policy="eplb", refresh=3)
+    means = result.by_phase(["a"] * 4 + ["b"] * 2 + ["a"] * 3)
+    assert list(means) == ["a", "b"]
+    for name, rows in (("a", [0, 3, 4, 5]), ("b", [1, 2])):
+        assert means[name].batches == len(rows)
+        assert means[name].imbalance_mean == pytest.approx(result.imbalance[rows].mean())
+        assert means[name].imbalance_p99 == pytest.approx(np.percentile(result.imbalance[rows], 99))
+        assert means[name].bound_mean == pytest.approx(result.bound_imbalance[rows].mean())
+    with pytest.raises(ValueError, match="phase has 8 entries, allowed is one per batch, 9"):
+        result.by_phase(["a"] * 8)
+
+
 def test_a_layer_without_tokens_is_balanced():
     counts = loads()
     counts[:, 1] = 0
