@@ -75,9 +75,10 @@
       title: { text: "× mean", font: { color: colour("faded"), size: 11 } },
     },
   });
+  const drawn = data.columns.length < 3 ? "lines+markers" : "lines"; // a line through one point is none
   const busiest = (sim, name) => {
     const line = {
-      x: data.columns, y: sim.mean[shown.layer], mode: "lines", yaxis: "y3", line: { color: colour(name), width: 2 },
+      x: data.columns, y: sim.mean[shown.layer], mode: drawn, yaxis: "y3", line: { color: colour(name), width: 2 },
       name: plain(sim.name), hovertemplate: `%{y:.3f} × mean<extra>${plain(sim.name)}</extra>`,
     };
     if (data.step === 1) return [line];
@@ -126,7 +127,7 @@
   const drawRanks = () => {
     const sim = sims[shown.after], all = rows(sim), n = all.length, follow = Math.min(shown.follow, n - 1);
     const line = (y, name, width, more) => ({
-      x: data.columns, y, mode: "lines", line: { color: colour(name), width }, hovertemplate: "%{y:.3f} × mean", ...more,
+      x: data.columns, y, mode: drawn, line: { color: colour(name), width }, hovertemplate: "%{y:.3f} × mean", ...more,
     });
     const traces = [];
     if (n <= 16) {
