@@ -121,7 +121,7 @@ def placer(setting: Setting, n_groups: int) -> Placer:
             n_groups=n_groups,
             n_nodes=s.n_nodes,
             fallback=s.split,
-            threads=torch.get_num_threads(),
+            threads=torch.get_num_threads() if s.policy == "lp" else 1,  # the others take less than waking them
         )
         assert isinstance(placed, list)
         return placed

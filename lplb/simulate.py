@@ -7,6 +7,7 @@ checked: the tokens of every expert are all served by its copies, and no split i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,16 @@ from lplb.placement import Placement
 from lplb.placers import NAMES, Placer, placer
 from lplb.plan import SolveStatus, checked_solver
 from lplb.planner import Planner
-from lplb.replay import CheckFailed, split_evenly
+from lplb.replay import CheckFailed, one_thread, split_evenly
 from lplb.simulation import Setting, Simulation
 
 __all__ = ["SPLITS", "LayerSeconds", "Setting", "Simulation", "check_configuration", "simulate"]
 
 SPLITS = ("lp", "even")
+
+_MOST_RANKS_OF_A_THREAD = 64
+"""Up to here a few batches are solved in a millisecond or two: waking other threads costs more, and most on a busy
+machine."""
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
@@ -99,7 +104,8 @@ def simulate(
         placements.append(placed)
         if i:
             moved[i] = [_moved(old, new) for old, new in zip(placements[-2], placed, strict=True)]
-        run.batches(begin, end, placed)
+        with nullcontext() if setting.n_ranks > _MOST_RANKS_OF_A_THREAD else one_thread():
+            run.batches(begin, end, placed)
         if on_batches is not None:
             on_batches(end - begin)
     return run.result(at, moved, expert_bytes, placements)
