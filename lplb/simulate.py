@@ -68,7 +68,8 @@ def simulate(
             for ``"none"``, which allows no other.
         policy: who places experts: ``"lp"``, ``"eplb"`` or ``"eplb-distinct"`` of `lplb.place`; ``"none"``, one slot
             each, in order; a topology of LPLB by name, see `topology_by_name`, re-mapped at each refresh; or a function
-            from history, int64 ``[layers, batches, n_logical]``, to one `Placement` per layer.
+            from history, int64 ``[layers, batches, n_logical]``, to one `Placement` per layer. It is called in the order
+            of batches, so it may go on from what it placed before.
         split: ``"lp"`` is the optimum of each batch; ``"even"`` deals every expert's tokens out evenly over its copies.
         group_size: consecutive ranks that balance among themselves, at most 128, a divisor of ``n_ranks``; by default
             all.
@@ -91,9 +92,9 @@ def simulate(
     setting, at = _checked_setting(
         loads.shape, n_ranks, n_physical, policy, split, group_size, n_nodes, refresh, window, warmup, solver
     )
-    whole_number("expert_bytes", expert_bytes, 0)
+    expert_bytes = whole_number("expert_bytes", expert_bytes, 0)
     place = policy if callable(policy) else placer(setting, n_groups)
-    by_node = None if sources is None else _by_node(sources, n_nodes)
+    by_node = None if sources is None else _by_node(sources, setting.n_nodes)
     run = _Run(setting, counts, by_node, at[0], layer_seconds)
     placements: list[list[Placement]] = []
     moved = np.zeros((len(at), counts.shape[1]), dtype=np.int64)
@@ -181,7 +182,8 @@ def _checked_setting(
     check_divides("n_physical", n_physical, "n_ranks", n_ranks)
     group_size = checked_group_size(n_ranks, group_size)
     check_divides("n_ranks", n_ranks, "group_size", group_size)
-    check_divides("n_ranks", n_ranks, "n_nodes", whole_number("n_nodes", n_nodes, 1))
+    n_nodes = whole_number("n_nodes", n_nodes, 1)
+    check_divides("n_ranks", n_ranks, "n_nodes", n_nodes)
     if len(shape) == 4 and shape[2] % n_nodes:
         raise ValueError(f"loads has {shape[2]} sources, allowed is a multiple of n_nodes = {n_nodes}")
     refresh, window = whole_number("refresh", refresh, 0), whole_number("window", window, 1)
@@ -211,6 +213,13 @@ def _checked_placements(placed: object, setting: Setting, n_layers: int) -> list
                 f"{(setting.n_ranks, setting.n_logical, setting.n_physical)}"
             )
     return placed
+
+
+def _checked_seconds(seconds: object, n: int) -> _Floats:
+    values = np.asarray(seconds, dtype=np.float64)
+    if values.shape != (n,):
+        raise ValueError(f"layer_seconds returned shape {list(values.shape)}, allowed is one per batch, [{n}]")
+    return values
 
 
 # ---- batches
@@ -272,7 +281,7 @@ class _Run:
             if self.by_node is not None and self.cross_node is not None:
                 self.cross_node[rows, layer] = _cross_node(placement, self.by_node[begin:end, layer], quota)
             if self.seconds is not None and self.model is not None:
-                self.seconds[rows, layer] = self.model(quota, placement)
+                self.seconds[rows, layer] = _checked_seconds(self.model(quota, placement), len(loads))
 
     def result(self, at: list[int], moved: _Ints, expert_bytes: int, placements: list[list[Placement]]) -> Simulation:
         """What has been filled."""

@@ -377,6 +377,18 @@ def test_refuses_what_a_policy_returns(answer, kind, message):
         simulate(loads(), n_ranks=4, n_physical=SLOTS, policy=lambda _: answer, refresh=3)
 
 
+def test_refuses_other_seconds():
+    with pytest.raises(ValueError, match=r"layer_seconds returned shape \[20\], allowed is one per batch, \[3\]"):
+        simulate(loads(), n_ranks=4, n_physical=SLOTS, policy=Random(), refresh=3, layer_seconds=lambda q, _: q[0])
+
+
+def test_numbers_of_numpy_are_numbers():
+    n = np.int64
+    options = {"n_ranks": n(4), "n_physical": n(SLOTS), "n_nodes": n(2), "refresh": n(3), "expert_bytes": n(5)}
+    result = simulate(loads(sources=2), policy="eplb", group_size=n(2), window=n(4), **options)
+    assert json.loads(results.to_json([result], PHASE, "x"))["simulations"][0]["setting"]["n_nodes"] == 2
+
+
 # ---- files
 
 
