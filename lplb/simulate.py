@@ -68,8 +68,8 @@ def simulate(
             for ``"none"``, which allows no other.
         policy: who places experts: ``"lp"``, ``"eplb"`` or ``"eplb-distinct"`` of `lplb.place`; ``"none"``, one slot
             each, in order; a topology of LPLB by name, see `topology_by_name`, re-mapped at each refresh; or a function
-            from history, int64 ``[layers, batches, n_logical]``, to one `Placement` per layer. It is called in the order
-            of batches, so it may go on from what it placed before.
+            from history, int64 ``[layers, batches, n_logical]``, to one `Placement` per layer. It is called in the
+            order of batches, so it may go on from what it placed before.
         split: ``"lp"`` is the optimum of each batch; ``"even"`` deals every expert's tokens out evenly over its copies.
         group_size: consecutive ranks that balance among themselves, at most 128, a divisor of ``n_ranks``; by default
             all.
