@@ -64,6 +64,22 @@ def bottleneck_ranks(phy2log: Sequence[int], n_logical: int, n_ranks: int, group
     that only ranks in A can take; none without tokens. ``loads``: int64 ``[n_logical]``, below 2^52 in all.
     """
 
+def placement_optima(
+    phy2log: int,
+    n_physical: int,
+    n_logical: int,
+    n_ranks: int,
+    group_size: int,
+    loads: int,
+    batch: int,
+    out: int,
+    threads: int,
+) -> None:
+    """The LP's optimum t* of float64 ``loads [batch, n_logical]`` on int32 ``phy2log [n_physical]``, per group.
+
+    ``out``: float64 ``[batch, n_ranks // group_size]``. Other Python threads run meanwhile.
+    """
+
 class CpuPlanner:
     """A placement compiled for the CPU backend."""
 

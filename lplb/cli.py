@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lplb import __version__
+from lplb import __version__, simulate_command
 
 __all__ = ["main"]
 
@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lplb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_demo(commands.add_parser("demo", help="replay the recorded router trace on simulated ranks, on the CPU"))
+    simulate_command.add_arguments(
+        commands.add_parser("simulate", help="loads through policies and splits: what balances them, and what it costs")
+    )
     _add_env(commands.add_parser("env", help="versions, devices, what this build can do, and what is missing"))
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)

@@ -22,7 +22,7 @@ from lplb.plan import Plan
 from lplb.planner import Planner
 from lplb.trace import RouterTrace
 
-__all__ = ["CheckFailed", "Replay", "SimulatedRanks", "place", "replay_trace", "split_evenly"]
+__all__ = ["CheckFailed", "Replay", "SimulatedRanks", "one_thread", "place", "replay_trace", "split_evenly"]
 
 NONE, EVEN, LPLB, LP = "no balancing", "EPLB, even splits", "LPLB topology", "LP on EPLB placement"
 METHODS = (NONE, EVEN, LPLB, LP)
@@ -117,7 +117,7 @@ def split_evenly(placement: Placement, counts: _Counts) -> _Counts:
 
     Args:
         placement: where the experts are.
-        counts: tokens of each expert, ``[n_logical]``.
+        counts: tokens of each expert, ``[n_logical]`` or a batch ``[n, n_logical]``.
     """
     expert = placement.phy2log.numpy()
     copies = placement.logcnt.numpy()[expert].astype(np.int64)
@@ -125,7 +125,7 @@ def split_evenly(placement: Placement, counts: _Counts) -> _Counts:
     for slots in placement.log2phy.numpy():
         held = slots[slots >= 0]
         number[held] = np.arange(len(held))
-    each, left = np.divmod(counts[expert], copies)
+    each, left = np.divmod(counts[..., expert], copies)
     quota: _Counts = each + ((number - expert) % copies < left)
     return quota
 
@@ -264,7 +264,7 @@ class _Layer:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep torch to one thread: the tensors are so small that waking others costs more than they do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -274,7 +274,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
+@one_thread()
 def replay_trace(
     trace: RouterTrace, n_ranks: int, n_batches: int | None = None, on_batch: Callable[[], object] | None = None
 ) -> Replay:

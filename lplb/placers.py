@@ -1,0 +1,135 @@
+"""The policies of a simulation: functions from load history to one placement per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lplb import topology
+from lplb.arguments import check_divides
+from lplb.placement import Placement
+from lplb.planner import Planner
+from lplb.policies import POLICIES, place
+from lplb.simulation import Setting
+
+__all__ = ["NAMES", "TOPOLOGIES", "Placer", "placer", "topology_by_name"]
+
+TOPOLOGIES = ("cube", "hypercube", "torus", "ring", "circulant")
+NAMES = ("none", *POLICIES, *TOPOLOGIES)
+"""Every policy that has a name."""
+
+_Ints = npt.NDArray[np.int64]
+Placer = Callable[[_Ints], list[Placement]]
+"""From history, int64 ``[layers, batches, n_logical]``, to one placement per layer."""
+
+
+def topology_by_name(name: str, group_size: int, n_redundant: int, ranks_per_node: int = 1) -> torch.Tensor:
+    """Return a topology for a balance group: int32 ``[group_size, classes]``, ``classes`` dividing ``n_redundant``.
+
+    ``"cube"`` is for 8 ranks, ``"hypercube"`` for 16, ``"torus"`` the squarest for any product of two numbers, all with
+    2 classes; ``"ring"`` has one. ``"circulant"`` has ``n_redundant`` classes, its shifts spread over those that
+    leave the original's node, or over all where those do not suffice.
+
+    Args:
+        name: one of `TOPOLOGIES`.
+        group_size: ranks of the group.
+        n_redundant: redundant slots per rank, 1 or more.
+        ranks_per_node: consecutive ranks of a node.
+
+    Raises:
+        ValueError: there is no such topology of that size.
+    """
+    if name not in TOPOLOGIES:
+        raise ValueError(f"topology is {name!r}, allowed are {', '.join(map(repr, TOPOLOGIES))}")
+    sizes = {"cube": 8, "hypercube": 16}
+    if group_size != sizes.get(name, group_size):
+        raise ValueError(f"policy {name!r} has balance groups of {group_size} ranks, allowed are {sizes[name]}")
+    n = group_size
+    if name == "circulant":
+        r2o = topology.circulant(n, *_shifts(n, n_redundant, ranks_per_node))
+    elif name == "torus":
+        rows = max((m for m in range(2, int(n**0.5) + 1) if n % m == 0), default=0)
+        if not rows:
+            raise ValueError(f"policy 'torus' has balance groups of {n} ranks, allowed are products of two numbers")
+        r2o = topology.torus(rows, n // rows)
+    else:
+        r2o = {"cube": topology.cube, "hypercube": topology.hypercube}.get(name, lambda: topology.ring(n))()
+    classes = r2o.shape[1]
+    if n_redundant < 1 or n_redundant % classes:
+        raise ValueError(
+            f"policy {name!r} has {n_redundant} redundant slots per rank, allowed is a multiple of {classes}"
+        )
+    return r2o
+
+
+def _shifts(n: int, classes: int, ranks_per_node: int) -> list[int]:
+    """Shifts by the golden ratio, which are far from one another and from one another's negatives."""
+    near = ranks_per_node if n - 2 * ranks_per_node + 1 >= classes else 1
+    free = list(range(near, n - near + 1))
+    if not 1 <= classes <= len(free):
+        raise ValueError(
+            f"policy 'circulant' has {classes} redundant slots per rank, allowed are 1 to {len(free)} in balance "
+            f"groups of {n} ranks"
+        )
+    shifts = []
+    for k in range(1, classes + 1):
+        wanted = near + (k * 0.6180339887498949 % 1) * (n - 2 * near)
+        nearest = min(free, key=lambda shift: abs(shift - wanted))
+        free.remove(nearest)
+        shifts.append(nearest)
+    return shifts
+
+
+def placer(setting: Setting, n_groups: int) -> Placer:
+    """Return a setting's policy as a function from history to placements.
+
+    Args:
+        setting: the configuration.
+        n_groups: as for `lplb.place`.
+
+    Raises:
+        ValueError: the policy's topology does not fit.
+    """
+    s = setting
+    if s.policy == "none":
+        return lambda history: [Placement(np.arange(s.n_logical), s.n_ranks)] * len(history)
+    if s.policy in TOPOLOGIES:
+        check_divides("n_logical", s.n_logical, "n_ranks", s.n_ranks)
+        redundant = (s.n_physical - s.n_logical) // s.n_ranks
+        r2o = topology_by_name(s.policy, s.group_size, redundant, s.n_ranks // s.n_nodes)
+        planner = Planner(r2o, s.n_physical, s.n_logical, s.n_ranks, ranks_per_node=s.n_ranks // s.n_nodes)
+
+        def remap(history: _Ints) -> list[Placement]:
+            placed = []
+            for layer in _nowhere_empty(history):
+                planner.update_redundancy_mapping(torch.from_numpy(layer.sum(0)))
+                placed.append(planner.placement)
+            return placed
+
+        return remap
+
+    def by_policy(history: _Ints) -> list[Placement]:
+        placed = place(
+            _nowhere_empty(history),
+            n_ranks=s.n_ranks,
+            n_physical=s.n_physical,
+            policy=s.policy,
+            group_size=s.group_size,
+            n_groups=n_groups,
+            n_nodes=s.n_nodes,
+            fallback=s.split,
+            threads=torch.get_num_threads() if s.policy == "lp" else 1,  # the others take less than waking them
+        )
+        assert isinstance(placed, list)
+        return placed
+
+    return by_policy
+
+
+def _nowhere_empty(history: _Ints) -> _Ints:
+    """History in which a layer without any token counts as uniform."""
+    empty = history.sum((1, 2)) == 0
+    return np.where(empty[:, None, None], 1, history) if empty.any() else history
