@@ -57,6 +57,13 @@ def eplb_log2phy(
 ) -> None:
     """Write log2phy int64 ``[layers, n_logical, most_copies]`` from what `eplb_place` left, padded with -1."""
 
+def bottleneck_ranks(phy2log: Sequence[int], n_logical: int, n_ranks: int, group_size: int, loads: int) -> list[bool]:
+    """Whether each rank is in the largest set of its group's ranks that sets the optimum of the LP.
+
+    That is the set A with the most ranks among those with the largest load(A) / size(A), where load(A) are the tokens
+    that only ranks in A can take; none without tokens. ``loads``: int64 ``[n_logical]``, below 2^52 in all.
+    """
+
 scenarios: int
 """How many `likely_loads` draws."""
 

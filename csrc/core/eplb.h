@@ -28,8 +28,8 @@ struct Layer {
   int64_t* count;
 };
 
-// A load and an index in one word, ordered by load, then index. Loads are 0 or more, and no -0: such floats are ordered as
-// their bits are.
+// A load and an index in one word, ordered by load, then index. Loads are 0 or more, and no -0: such floats are ordered
+// as their bits are.
 inline uint64_t lightest_key(float load, int i) {
   uint32_t bits;
   std::memcpy(&bits, &load, sizeof bits);
@@ -37,7 +37,9 @@ inline uint64_t lightest_key(float load, int i) {
 }
 
 // The same by falling load.
-inline uint64_t heaviest_key(float load, int i) { return lightest_key(load, i) ^ uint64_t{0xffffffff} << 32; }
+inline uint64_t heaviest_key(float load, int i) {
+  return lightest_key(load, i) ^ uint64_t { 0xffffffff } << 32;
+}
 
 inline int index_of(uint64_t key) { return static_cast<int>(key & 0xffffffff); }
 
@@ -119,14 +121,17 @@ class Packer {
 
 // The experts of a node with their copies: slot s < n is expert s's first, later slots are copies as they were added.
 struct Copies {
-  std::vector<float> load, share;  // [n] of each expert, and of each of its copies
-  std::vector<int32_t> count;      // [n] copies of each expert
+  std::vector<float> load, share;     // [n] of each expert, and of each of its copies
+  std::vector<int32_t> count;         // [n] copies of each expert
   std::vector<int32_t> expert, copy;  // [n_slots] of each slot
   std::vector<float> slot_load;       // [n_slots]
 
-  // Each further slot goes to the expert with most load per copy among those with fewer than `most` copies. loads [n]
-  // may be of experts anywhere: `which` names them.
-  void replicate(int n, int n_slots, int most, const float* loads, const int32_t* which) {
+  // Each further slot goes to the expert with most load per copy. which [n]: the experts whose loads to take. most [n]:
+  // copies that an expert may have; null for any number.
+  void replicate(int n, int n_slots, const int32_t* most, const float* loads, const int32_t* which) {
+    const auto key = [&](int e) {
+      return most == nullptr || count[e] < most[e] ? heaviest_key(share[e], e) : Tournament::kOut;
+    };
     load.resize(n);
     share.resize(n);
     for (int e = 0; e < n; ++e) share[e] = load[e] = loads[which[e]] + 0.0f;  // makes +0 of -0
@@ -135,13 +140,13 @@ struct Copies {
     copy.assign(n_slots, 0);
     slot_load.resize(n_slots);
     for (int e = 0; e < n; ++e) expert[e] = e;
-    if (n < n_slots) heaviest_.start(n, [&](int e) { return most > 1 ? heaviest_key(load[e], e) : Tournament::kOut; });
+    if (n < n_slots) heaviest_.start(n, key);
     for (int s = n; s < n_slots; ++s) {
       const int e = heaviest_.first();
       expert[s] = e;
       copy[s] = count[e]++;
       share[e] = load[e] / static_cast<float>(count[e]);
-      heaviest_.set(e, count[e] < most ? heaviest_key(share[e], e) : Tournament::kOut);
+      heaviest_.set(e, key(e));
     }
     for (int s = 0; s < n_slots; ++s) slot_load[s] = share[expert[s]];
   }
@@ -185,7 +190,7 @@ class Published {
     nodes_.pack(sizes_, group_load);
     for (int node = 0, first = 0; node < sizes_.n_nodes; ++node, first += n_slots) {
       const int32_t* experts = nodes_.experts(node);
-      copies_.replicate(nodes_.size(node), n_slots, n_slots, loads, experts);
+      copies_.replicate(nodes_.size(node), n_slots, nullptr, loads, experts);
       packer_.pack(n_slots, n_gpus, copies_.slot_load.data(), packed_.data(), begin_.data());
       for (int s = 0; s < n_slots; ++s) {
         out.phy2log[first + s] = experts[copies_.expert[packed_[s]]];

@@ -1,6 +1,7 @@
-// EPLB without an expert twice on a GPU: copies are at most as many as GPUs of the node, a copy goes to the lightest GPU
-// that has room and lacks the expert, what cannot be placed so is exchanged into place, and then slots are exchanged
-// between the busiest GPU and others of its node for as long as that helps.
+// EPLB without an expert twice on a GPU. Copies are at most as many as GPUs of the node. A copy goes to the lightest
+// GPU that has room and lacks the expert; what cannot be placed so is exchanged into place. Then, where a node is
+// busiest, slots are exchanged between its busiest GPU and others while that helps, and after that copies are taken
+// from experts on that GPU, for others to have.
 #pragma once
 
 #include <limits>
@@ -10,237 +11,350 @@
 
 namespace lplb::eplb {
 
-// Slots on the GPUs of one layer, heaviest first on each, and exchanges between GPUs of one node.
-class Slots {
+// One node: its experts, numbered within the node, their copies, and the slots of its GPUs, heaviest first on each.
+class Node {
  public:
-  explicit Slots(const Sizes& sizes)
-      : room_(sizes.slots_per_gpu()),
-        gpus_per_node_(sizes.gpus_per_node()),
-        words_((sizes.gpus_per_node() + 63) / 64),
-        slot_(sizes.n_slots),
-        filled_(sizes.n_gpus),
-        load_(sizes.n_gpus),
-        held_(static_cast<size_t>(sizes.n_logical) * words_) {}
-
   struct Slot {
     float load;
     int32_t expert, copy;
   };
+  struct Exchange {
+    int b = -1, i = 0, j = 0;  // slot i of the busiest GPU for slot j of GPU b; b < 0: none
+    double level;              // the busier of the two afterwards
+  };
 
-  int room() const { return room_; }
-  int n_gpus() const { return static_cast<int>(load_.size()); }
+  explicit Node(const Sizes& sizes)
+      : n_gpus_(sizes.gpus_per_node()),
+        room_(sizes.slots_per_gpu()),
+        words_((n_gpus_ + 63) / 64),
+        slot_(sizes.slots_per_node()),
+        filled_(n_gpus_),
+        load_(n_gpus_) {}
+
+  // which [n]: the node's experts; loads are those of all experts.
+  void start(int n, const int32_t* which, const float* loads) {
+    n_ = n;
+    which_ = which;
+    loads_ = loads;
+    most_.assign(n, n_gpus_);
+  }
+
+  // Copies and where they go. Returns whether that is as published.
+  bool deal();
+  // Lowers the busiest GPU by exchanges until it has at most `enough`, or none lowers it.
+  void level_out(double enough);
+
+  int n_experts() const { return n_; }
+  int expert(int e) const { return which_[e]; }
+  int count(int e) const { return copies_.count[e]; }
   const Slot* slots(int gpu) const { return &slot_[gpu * room_]; }
-  double load(int gpu) const { return load_[gpu]; }
-  int first_of_node(int gpu) const { return gpu - gpu % gpus_per_node_; }
-  int end_of_node(int gpu) const { return first_of_node(gpu) + gpus_per_node_; }
-  bool has_room(int gpu) const { return filled_[gpu] < room_; }
-  bool holds(int gpu, int expert) const {
-    const int g = gpu % gpus_per_node_;
-    return held_[expert * words_ + g / 64] >> (g % 64) & 1;
+  int busiest() const {
+    int a = 0;
+    for (int g = 1; g < n_gpus_; ++g)
+      if (load_[g] > load_[a]) a = g;
+    return a;
+  }
+  int lightest() const {
+    int a = 0;
+    for (int g = 1; g < n_gpus_; ++g)
+      if (load_[g] < load_[a]) a = g;
+    return a;
+  }
+  double level() const { return load_[busiest()]; }
+  double mean() const {
+    double sum = 0.0;
+    for (int g = 0; g < n_gpus_; ++g) sum += load_[g];
+    return sum / n_gpus_;
   }
 
-  void clear() {
-    std::fill(filled_.begin(), filled_.end(), 0);
-    std::fill(load_.begin(), load_.end(), 0.0);
-    std::fill(held_.begin(), held_.end(), 0);
-  }
-
-  void add(int gpu, const Slot& slot) {
-    slot_[gpu * room_ + filled_[gpu]++] = slot;
-    load_[gpu] += slot.load;
-    mark(gpu, slot.expert, true);
-  }
-
-  void exchange(int a, int i, int b, int j) {
-    std::swap(slot_[a * room_ + i], slot_[b * room_ + j]);
-    const int moved[2] = {slot_[a * room_ + i].expert, slot_[b * room_ + j].expert};
-    settle(a, i);
-    settle(b, j);
-    mark(a, moved[0], true);
-    mark(b, moved[1], true);
-    mark(a, moved[1], times(a, moved[1]) > 0);
-    mark(b, moved[0], times(b, moved[0]) > 0);
-  }
-
-  int times(int gpu, int expert) const {
-    int n = 0;
-    for (int i = 0; i < room_; ++i) n += slots(gpu)[i].expert == expert;
-    return n;
+  // The same node with one copy of `expert` less, not dealt yet. False where slots would be left over.
+  bool start_with_fewer(const Node& other, int expert) {
+    start(other.n_, other.which_, other.loads_);
+    most_ = other.most_;
+    most_[expert] = other.count(expert) - 1;
+    int64_t room = 0;
+    for (int e = 0; e < n_; ++e) room += most_[e];
+    return most_[expert] > 0 && room >= n_gpus_ * room_;
   }
 
  private:
-  void mark(int gpu, int expert, bool on) {
-    const int g = gpu % gpus_per_node_;
-    uint64_t& word = held_[expert * words_ + g / 64];
-    const uint64_t bit = uint64_t{1} << (g % 64);
+  bool holds(int gpu, int e) const { return held_[e * words_ + gpu / 64] >> (gpu % 64) & 1; }
+  void mark(int gpu, int e, bool on) {
+    uint64_t& word = held_[e * words_ + gpu / 64];
+    const uint64_t bit = uint64_t{1} << (gpu % 64);
     word = on ? word | bit : word & ~bit;
   }
-
-  // Brings slot i of a GPU to where its load belongs, and adds the GPU's loads up again.
-  void settle(int gpu, int i) {
-    Slot* s = &slot_[gpu * room_];
-    for (; i > 0 && s[i - 1].load < s[i].load; --i) std::swap(s[i - 1], s[i]);
-    for (; i + 1 < room_ && s[i + 1].load > s[i].load; ++i) std::swap(s[i + 1], s[i]);
-    double sum = 0.0;
-    for (int k = 0; k < room_; ++k) sum += s[k].load;
-    load_[gpu] = sum;
+  int times(int gpu, int e) const {
+    int n = 0;
+    for (int i = 0; i < room_; ++i) n += slots(gpu)[i].expert == e;
+    return n;
   }
+  double busier(int a, int i, int b, int j) const {
+    const double moved = static_cast<double>(slots(a)[i].load) - slots(b)[j].load;
+    return std::max(load_[a] - moved, load_[b] + moved);
+  }
+  int lightest_without(int e) const;
+  void add(int gpu, const Slot& slot);
+  void repair(int gpu);
+  void find_exchange(int a, int b, Exchange& best) const;
+  void exchange(int a, int i, int b, int j);
+  void settle(int gpu, int i);
 
-  int room_, gpus_per_node_, words_;
-  std::vector<Slot> slot_;
+  int n_gpus_, room_, words_, n_ = 0;
+  const int32_t* which_ = nullptr;
+  const float* loads_ = nullptr;
+  std::vector<int32_t> most_;  // [n] copies that an expert may have
+  Copies copies_;
+  std::vector<Slot> slot_;  // [n_gpus, room]
   std::vector<int32_t> filled_;
   std::vector<double> load_;
-  std::vector<uint64_t> held_;  // [n_logical, words_] the GPUs of the node that hold an expert
+  std::vector<uint64_t> held_;  // [n, words] the GPUs that hold an expert
+  Tournament lightest_;
+  std::vector<uint64_t> sorted_;
+  std::vector<float> total_;
 };
 
-struct Exchange {
-  int a = -1, i = 0, b = 0, j = 0;  // slot i of GPU a for slot j of GPU b; a < 0: none
-  double level;                     // the busier of the two afterwards
-};
+inline void Node::add(int gpu, const Slot& slot) {
+  slot_[gpu * room_ + filled_[gpu]++] = slot;
+  load_[gpu] += slot.load;
+  mark(gpu, slot.expert, true);
+}
 
-inline double busier(const Slots& s, int a, int i, int b, int j) {
-  const double moved = static_cast<double>(s.slots(a)[i].load) - s.slots(b)[j].load;
-  return std::max(s.load(a) - moved, s.load(b) + moved);
+inline int Node::lightest_without(int e) const {
+  int best = -1;
+  for (int g = 0; g < n_gpus_; ++g)
+    if (filled_[g] < room_ && !holds(g, e) && (best < 0 || total_[g] < total_[best])) best = g;
+  return best;
+}
+
+// Heaviest first, each to the lightest GPU that has room and lacks the expert, or else to the lightest with room.
+inline bool Node::deal() {
+  copies_.replicate(n_, n_gpus_ * room_, most_.data(), loads_, which_);
+  heaviest_first(n_gpus_ * room_, copies_.slot_load.data(), sorted_);
+  std::fill(filled_.begin(), filled_.end(), 0);
+  std::fill(load_.begin(), load_.end(), 0.0);
+  held_.assign(static_cast<size_t>(n_) * words_, 0);
+  total_.assign(n_gpus_, 0.0f);
+  lightest_.start(n_gpus_, [](int g) { return lightest_key(0.0f, g); });
+  bool as_published = true, doubled = false;
+  for (const uint64_t key : sorted_) {
+    const int s = index_of(key), e = copies_.expert[s];
+    int g = lightest_.first();
+    if (holds(g, e)) {
+      as_published = false;
+      const int other = lightest_without(e);
+      if (other >= 0)
+        g = other;
+      else
+        doubled = true;
+    }
+    add(g, {copies_.slot_load[s], e, copies_.copy[s]});
+    total_[g] += copies_.slot_load[s];
+    lightest_.set(g, filled_[g] < room_ ? lightest_key(total_[g], g) : Tournament::kOut);
+  }
+  if (doubled)
+    for (int g = 0; g < n_gpus_; ++g) repair(g);
+  for (int e = 0; e < n_; ++e) as_published &= copies_.count[e] < n_gpus_ || n_gpus_ == 1;
+  return as_published;
 }
 
 // Exchanges every slot that repeats an expert of its GPU for one that makes matters better, the one that leaves the two
 // GPUs lightest. Call the surplus the number of slots that repeat an expert of their GPU. An exchange that lowers it
-// always exists: let GPU a hold e twice. As e has no more copies than the node has GPUs, some b lacks e. If b holds an f
-// that a lacks, e for f takes one repeat from a and adds none. Otherwise b's experts are among the at most room - 2
+// always exists: let GPU a hold e twice. As e has no more copies than the node has GPUs, some b lacks e. If b holds an
+// f that a lacks, e for f takes one repeat from a and adds none. Otherwise b's experts are among the at most room - 2
 // others on a, so b repeats one of them, f; e for f takes a repeat from a, adds one to a, and takes one from b.
-inline void repair(Slots& s, int a) {
+inline void Node::repair(int a) {
   for (;;) {
     Exchange best;
     best.level = std::numeric_limits<double>::infinity();
-    for (int i = 0; i < s.room(); ++i) {
-      const int e = s.slots(a)[i].expert;
-      if (s.times(a, e) < 2) continue;
-      for (int b = s.first_of_node(a); b < s.end_of_node(a); ++b) {
-        if (s.holds(b, e)) continue;
-        for (int j = 0; j < s.room(); ++j) {
-          const int f = s.slots(b)[j].expert;
-          if (s.holds(a, f) && s.times(b, f) < 2) continue;
-          const double level = busier(s, a, i, b, j);
-          if (level < best.level) best = {a, i, b, j, level};
+    for (int i = 0; i < room_; ++i) {
+      const int e = slots(a)[i].expert;
+      if (times(a, e) < 2) continue;
+      for (int b = 0; b < n_gpus_; ++b) {
+        if (holds(b, e)) continue;
+        for (int j = 0; j < room_; ++j) {
+          const int f = slots(b)[j].expert;
+          if (holds(a, f) && times(b, f) < 2) continue;
+          const double level = busier(a, i, b, j);
+          if (level < best.level) best = {b, i, j, level};
         }
       }
     }
-    if (best.a < 0) return;
-    s.exchange(best.a, best.i, best.b, best.j);
+    if (best.b < 0) return;
+    exchange(a, best.i, best.b, best.j);
   }
 }
 
-inline constexpr double kWorthwhile = 1.0 - 1e-7;  // an exchange brings the busier of two GPUs below this share
+// Brings slot i of a GPU to where its load belongs, and adds the GPU's loads up again.
+inline void Node::settle(int gpu, int i) {
+  Slot* s = &slot_[gpu * room_];
+  for (; i > 0 && s[i - 1].load < s[i].load; --i) std::swap(s[i - 1], s[i]);
+  for (; i + 1 < room_ && s[i + 1].load > s[i].load; ++i) std::swap(s[i + 1], s[i]);
+  double sum = 0.0;
+  for (int k = 0; k < room_; ++k) sum += s[k].load;
+  load_[gpu] = sum;
+}
+
+inline void Node::exchange(int a, int i, int b, int j) {
+  std::swap(slot_[a * room_ + i], slot_[b * room_ + j]);
+  const int to_a = slots(a)[i].expert, to_b = slots(b)[j].expert;
+  settle(a, i);
+  settle(b, j);
+  mark(a, to_a, true);
+  mark(b, to_b, true);
+  mark(a, to_b, times(a, to_b) > 0);
+  mark(b, to_a, times(b, to_a) > 0);
+}
 
 // The exchange of a slot of `a` for one of `b` that leaves the busier of the two lightest, if below best.level.
-inline void find_exchange(const Slots& s, int a, int b, Exchange& best) {
-  const double half = 0.5 * (s.load(a) - s.load(b));  // what had best move
-  int below = 0;                                      // first slot of b that is lighter than wanted
-  for (int i = 0; i < s.room(); ++i) {
-    const Slots::Slot& mine = s.slots(a)[i];
-    if (s.holds(b, mine.expert)) continue;
+inline void Node::find_exchange(int a, int b, Exchange& best) const {
+  const double half = 0.5 * (load_[a] - load_[b]);  // what had best move
+  int below = 0;                                    // first slot of b that is lighter than wanted
+  for (int i = 0; i < room_; ++i) {
+    const Slot& mine = slots(a)[i];
+    if (holds(b, mine.expert)) continue;
     const double wanted = mine.load - half;
-    while (below < s.room() && s.slots(b)[below].load >= wanted) ++below;
+    while (below < room_ && slots(b)[below].load >= wanted) ++below;
     // The nearest allowed on either side; further ones are worse.
-    for (int j = below - 1; j >= 0; --j) {
-      const double level = busier(s, a, i, b, j);
-      if (!(level < best.level)) break;
-      if (s.holds(a, s.slots(b)[j].expert)) continue;
-      best = {a, i, b, j, level};
-      break;
+    const auto better = [&](int j) {
+      const double level = busier(a, i, b, j);
+      if (!(level < best.level)) return true;
+      if (holds(a, slots(b)[j].expert)) return false;
+      best = {b, i, j, level};
+      return true;
+    };
+    for (int j = below - 1; j >= 0 && !better(j); --j) {
     }
-    for (int j = below; j < s.room(); ++j) {
-      const double level = busier(s, a, i, b, j);
-      if (!(level < best.level)) break;
-      if (s.holds(a, s.slots(b)[j].expert)) continue;
-      best = {a, i, b, j, level};
-      break;
+    for (int j = below; j < room_ && !better(j); ++j) {
     }
   }
 }
 
-// Lowers the busiest GPU of all, the first of equals, by exchanges within its node until none lowers it.
-inline void level_out(Slots& s) {
-  const int most = 16 * s.n_gpus();  // exchanges; far more than have been seen
+inline void Node::level_out(double enough) {
+  constexpr double kWorthwhile = 1.0 - 1e-7;  // an exchange brings the busier of two GPUs below this share
+  constexpr double kContent = 0.2;            // one that makes up for so much of what is too much is taken at once
+  const int most = 16 * n_gpus_;              // exchanges; more than have been seen
   for (int k = 0; k < most; ++k) {
-    int a = 0;
-    for (int g = 1; g < s.n_gpus(); ++g)
-      if (s.load(g) > s.load(a)) a = g;
+    const int a = busiest();
+    if (load_[a] <= enough) return;
+    const double content = (1.0 - kContent) * load_[a] + kContent * enough;
     Exchange best;
-    best.level = s.load(a) * kWorthwhile;
-    for (int b = s.first_of_node(a); b < s.end_of_node(a); ++b)
-      if (0.5 * (s.load(a) + s.load(b)) < best.level) find_exchange(s, a, b, best);
-    if (best.a < 0) return;
-    s.exchange(best.a, best.i, best.b, best.j);
+    best.level = load_[a] * kWorthwhile;
+    int b = lightest();
+    for (int tried = 0; tried < n_gpus_ && (best.b < 0 || best.level > content); ++tried) {
+      if (0.5 * (load_[a] + load_[b]) < best.level) find_exchange(a, b, best);
+      if (++b == n_gpus_) b = 0;
+    }
+    if (best.b < 0) return;
+    exchange(a, best.i, best.b, best.j);
   }
 }
 
 // Layer after layer in the same memory. No node may have more slots than experts times GPUs.
 class Distinct {
  public:
-  explicit Distinct(const Sizes& sizes) : sizes_(sizes), slots_(sizes) {}
+  explicit Distinct(const Sizes& sizes)
+      : sizes_(sizes), node_(sizes.n_nodes, Node(sizes)), trial_(sizes), next_(sizes), walk_(sizes) {}
 
   // As Published::place. On a GPU the slots stand heaviest first.
   void place(const float* loads, const float* group_load, const Layer& out) {
-    slots_.clear();
     nodes_.pack(sizes_, group_load);
-    for (int node = 0; node < sizes_.n_nodes; ++node) {
-      const int32_t* experts = nodes_.experts(node);
-      const int first = node * sizes_.gpus_per_node();
-      copies_.replicate(nodes_.size(node), sizes_.slots_per_node(), sizes_.gpus_per_node(), loads, experts);
-      if (deal(experts, first))
-        for (int g = first; g < first + sizes_.gpus_per_node(); ++g) repair(slots_, g);
-      for (int e = 0; e < nodes_.size(node); ++e) out.count[experts[e]] = copies_.count[e];
+    double published = 0.0, enough = 0.0;
+    for (int n = 0; n < sizes_.n_nodes; ++n) {
+      Node& node = node_[n];
+      node.start(nodes_.size(n), nodes_.experts(n), loads);
+      const bool as_published = node.deal();
+      published = std::max(published, as_published ? node.level() : published_level(n, loads));
+      enough = std::max(enough, node.mean());
     }
-    level_out(slots_);
-    for (int g = 0, p = 0; g < sizes_.n_gpus; ++g)
-      for (int i = 0; i < slots_.room(); ++i, ++p) {
-        out.phy2log[p] = slots_.slots(g)[i].expert;
-        out.copy[p] = slots_.slots(g)[i].copy;
-      }
+    improve(std::max(enough, std::min(enough * kEnough, published)), published);
+    write(out);
   }
 
  private:
-  // Heaviest first, each to the lightest GPU that has room and lacks the expert, or else to the lightest with room.
-  // Returns whether that had to be.
-  bool deal(const int32_t* experts, int first_gpu) {
-    const int n_gpus = sizes_.gpus_per_node();
-    bool doubled = false;
-    heaviest_first(sizes_.slots_per_node(), copies_.slot_load.data(), sorted_);
-    total_.assign(n_gpus, 0.0f);
-    lightest_.start(n_gpus, [](int g) { return lightest_key(0.0f, g); });
-    for (const uint64_t key : sorted_) {
-      const int s = index_of(key), e = experts[copies_.expert[s]];
-      int g = lightest_.first();
-      if (slots_.holds(first_gpu + g, e)) {
-        const int other = lightest_without(e, first_gpu);
-        if (other >= 0)
-          g = other;
-        else
-          doubled = true;
-      }
-      slots_.add(first_gpu + g, {copies_.slot_load[s], e, copies_.copy[s]});
-      total_[g] += copies_.slot_load[s];
-      lightest_.set(g, slots_.has_room(first_gpu + g) ? lightest_key(total_[g], g) : Tournament::kOut);
+  // Of the busiest node's mean load of a GPU: what is not worth an exchange, and what is not worth other copies.
+  static constexpr double kEnough = 1.002, kGood = 1.01;
+  // Of a walk over copy counts; where the published placement has a lower maximum, which may have an expert twice.
+  static constexpr int kSteps = 2, kStepsBehind = 12;
+
+  // The busiest node is worked on until it is no longer busiest or nothing helps.
+  void improve(double enough, double published) {
+    for (;;) {
+      int n = 0;
+      for (int k = 1; k < sizes_.n_nodes; ++k)
+        if (node_[k].level() > node_[n].level()) n = k;
+      const double before = node_[n].level();
+      node_[n].level_out(enough);
+      if (node_[n].level() < before) continue;
+      if (before <= enough || (before <= published && before < kGood * enough)) return;
+      if (before <= published)
+        recount(node_[n], enough, enough, kSteps);
+      else
+        recount(node_[n], enough, published, kStepsBehind);
+      if (!(node_[n].level() < before)) return;
     }
-    return doubled;
   }
 
-  int lightest_without(int e, int first_gpu) const {
-    int best = -1;
-    for (int g = 0; g < sizes_.gpus_per_node(); ++g)
-      if (slots_.has_room(first_gpu + g) && !slots_.holds(first_gpu + g, e) && (best < 0 || total_[g] < total_[best]))
-        best = g;
-    return best;
+  // A walk over copy counts: at each step one expert of the busiest GPU must do with a copy less; of these the least
+  // bad is gone on from, the best of all is kept. Ends where the node has at most `goal`.
+  void recount(Node& node, double enough, double goal, int steps) {
+    walk_ = node;
+    for (int step = 0; step < steps; ++step) {
+      const int a = walk_.busiest();
+      bool any = false;
+      for (int i = 0; i < std::min(sizes_.slots_per_gpu(), 4); ++i) {
+        const int e = walk_.slots(a)[i].expert;
+        if (walk_.count(e) < 2) continue;
+        if (!trial_.start_with_fewer(walk_, e)) continue;
+        trial_.deal();
+        trial_.level_out(enough);
+        if (any && !(trial_.level() < next_.level())) continue;
+        std::swap(next_, trial_);
+        any = true;
+      }
+      if (!any) return;
+      std::swap(walk_, next_);
+      if (walk_.level() < node.level() * (1 - 1e-7)) {
+        node = walk_;
+        if (node.level() <= goal) return;
+      }
+    }
+  }
+
+  double published_level(int n, const float* loads) {
+    const int n_slots = sizes_.slots_per_node(), n_gpus = sizes_.gpus_per_node(), room = sizes_.slots_per_gpu();
+    packed_.resize(n_slots);
+    begin_.resize(n_gpus + 1);
+    copies_.replicate(nodes_.size(n), n_slots, nullptr, loads, nodes_.experts(n));
+    packer_.pack(n_slots, n_gpus, copies_.slot_load.data(), packed_.data(), begin_.data());
+    double level = 0.0;
+    for (int g = 0; g < n_gpus; ++g) {
+      double load = 0.0;
+      for (int i = 0; i < room; ++i) load += copies_.slot_load[packed_[g * room + i]];
+      level = std::max(level, load);
+    }
+    return level;
+  }
+
+  void write(const Layer& out) const {
+    int p = 0;
+    for (const Node& node : node_) {
+      for (int e = 0; e < node.n_experts(); ++e) out.count[node.expert(e)] = node.count(e);
+      for (int s = 0; s < sizes_.slots_per_node(); ++s, ++p) {
+        const Node::Slot& slot = node.slots(0)[s];
+        out.phy2log[p] = node.expert(slot.expert);
+        out.copy[p] = slot.copy;
+      }
+    }
   }
 
   Sizes sizes_;
-  Slots slots_;
+  std::vector<Node> node_;
+  Node trial_, next_, walk_;
   Nodes nodes_;
   Copies copies_;
-  Tournament lightest_;
-  std::vector<uint64_t> sorted_;
-  std::vector<float> total_;
+  Packer packer_;
+  std::vector<int32_t> packed_, begin_;
 };
 
 }  // namespace lplb::eplb
