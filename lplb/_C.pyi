@@ -64,6 +64,9 @@ def bottleneck_ranks(phy2log: Sequence[int], n_logical: int, n_ranks: int, group
     that only ranks in A can take; none without tokens. ``loads``: int64 ``[n_logical]``, below 2^52 in all.
     """
 
+scenarios: int
+"""How many `likely_loads` draws."""
+
 def placement_optima(
     phy2log: int,
     n_physical: int,
@@ -75,10 +78,29 @@ def placement_optima(
     out: int,
     threads: int,
 ) -> None:
-    """The LP's optimum t* of float64 ``loads [batch, n_logical]`` on int32 ``phy2log [n_physical]``, per group.
+    """Find the LP's optimum t* of float64 ``loads [batch, n_logical]`` on int32 ``phy2log [n_physical]``, per group.
 
     ``out``: float64 ``[batch, n_ranks // group_size]``. Other Python threads run meanwhile.
     """
+
+def place_for_lp(
+    geometry: tuple[int, int, int, int],
+    even: bool,
+    history: int,
+    layers: int,
+    batches: int,
+    phy2log: int,
+    threads: int,
+) -> None:
+    """Better int32 ``phy2log [layers, n_physical]`` for the LP over loads that are likely after ``history``.
+
+    ``geometry``: n_logical, n_ranks, n_physical, n_parts; no expert has copies in two parts, which are equal runs of
+    ranks, before and after. ``history``: float64 ``[layers, batches, n_logical]``. ``even``: even splits count as
+    much as the LP's, and there are no hubs. Other Python threads run meanwhile.
+    """
+
+def likely_loads(history: int, batches: int, n_logical: int, out: int) -> None:
+    """Draw ``out``, float64 ``[scenarios, n_logical]``, each adding up to 1, for one layer's history."""
 
 class CpuPlanner:
     """A placement compiled for the CPU backend."""
