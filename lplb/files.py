@@ -93,9 +93,14 @@ def _parsing(where: object, what: str) -> Iterator[None]:
     except _Refused:
         raise
     except Exception as error:  # of odd bytes parsers raise anything: struct, zlib, Unicode, recursion, memory, …
-        words = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
-        reason = f"{type(error).__name__}: {words}" if words else type(error).__name__
-        raise _Refused(f"{where}: not {what}, or a damaged one: {reason[:_LONGEST_REASON]}") from error
+        raise _Refused(f"{where}: not {what}, or a damaged one: {_words_of(error)}") from error
+
+
+def _words_of(error: Exception) -> str:
+    # torch explains at length how its checks are turned off
+    lines = str(error).replace("WeightsUnpickler error:", "\n").split("\n")
+    words = " ".join(" ".join(line for line in lines if "weights_only" not in line).split())
+    return f"{type(error).__name__}: {words}"[:_LONGEST_REASON] if words else type(error).__name__
 
 
 def _checked_size(path: Path, most: int) -> int:
