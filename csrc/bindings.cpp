@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_placing.h"
 #include "cpu/planner.h"
 #ifdef LPLB_HAVE_CUDA
 #include "cuda/planner.h"
@@ -244,6 +245,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cusolverdx_targets") = py::tuple();
 #endif
   m.def("total", &total, py::arg("table"), py::arg("n_logical"), py::arg("loads"));
+  add_placing(m);
   m.def("add", &add, py::arg("counter"), py::arg("bytes"), py::arg("value"));
   py::class_<Planner>(m, "CpuPlanner")
       .def(py::init<const std::vector<int32_t>&, int, int, int, const std::vector<double>&, int>(), py::arg("phy2log"),

@@ -36,6 +36,22 @@ def total(table: _Table, n_logical: int, loads: int) -> int:
 def add(counter: int, bytes: int, value: int) -> None:
     """Add to one int32 or int64."""
 
+def placement_optima(
+    phy2log: int,
+    n_physical: int,
+    n_logical: int,
+    n_ranks: int,
+    group_size: int,
+    loads: int,
+    batch: int,
+    out: int,
+    threads: int,
+) -> None:
+    """The LP's optimum t* of float64 ``loads [batch, n_logical]`` on int32 ``phy2log [n_physical]``, per group.
+
+    ``out``: float64 ``[batch, n_ranks // group_size]``. Other Python threads run meanwhile.
+    """
+
 class CpuPlanner:
     """A placement compiled for the CPU backend."""
 

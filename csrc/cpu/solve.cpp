@@ -1,6 +1,7 @@
 // Compiled once per instruction set: CMakeLists.txt sets LPLB_ISA and the flags.
 #include "solve.h"
 
+#include "../core/optimum.h"
 #include "../core/solve_traffic.h"
 
 namespace lplb {
@@ -25,6 +26,11 @@ void solve_with_traffic(const Group& g, const Workspace& x, const TrafficSpace& 
     solve_group_with_traffic<1>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, f, loads, traffic, plan, log);
   else
     solve_group_with_traffic<2>(team, BuiltinAlgebra<kMaxGroup>{}, g, x, f, loads, traffic, plan, log);
+}
+
+double optimum_on_one_thread(const Group& g, const Workspace& x, const int64_t* loads) {
+  Solo team;
+  return set_words(g.n_ranks) == 1 ? optimum<1>(team, g, x, loads) : optimum<2>(team, g, x, loads);
 }
 
 }  // namespace LPLB_ISA

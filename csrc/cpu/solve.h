@@ -14,11 +14,15 @@ using SolveGroupWithTraffic = void (*)(const Group& g, const Workspace& x, const
                                        const Traffic& traffic, int32_t* quota, int64_t* rank_load, Result* result,
                                        IterationRow* log);
 
+// t* of one load, in tokens per unit of speed; core/optimum.h.
+using FindOptimum = double (*)(const Group& g, const Workspace& x, const int64_t* loads);
+
 // The best this processor can run, and its name.
 struct InstructionSet {
   const char* name;
   SolveGroup solve_group;
   SolveGroupWithTraffic solve_group_with_traffic;
+  FindOptimum find_optimum;
 };
 InstructionSet best_instruction_set();
 

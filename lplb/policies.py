@@ -1,0 +1,243 @@
+"""Where experts live: one entry for every policy, and the score by which placements are compared.
+
+`place` makes a placement from load history. `optima` and `imbalance` say what the LP reaches on a placement, batch by
+batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lplb import _C
+from lplb.arguments import check_divides, checked_group_size, seen, whole_number
+from lplb.eplb import rebalance_experts, spread_copies
+from lplb.placement import Placement
+
+__all__ = ["FALLBACKS", "POLICIES", "imbalance", "optima", "place"]
+
+POLICIES = ("lp", "eplb", "eplb-distinct")
+FALLBACKS = ("lp", "even")
+
+_MOST_LOAD = 1e30  # of one expert: sums stay finite, and so do their float32 copies
+
+_Floats = npt.NDArray[np.float64]
+_Ints = npt.NDArray[np.int64]
+_Array = torch.Tensor | npt.NDArray[Any] | Sequence[Any]
+
+
+def place(
+    history: _Array,
+    *,
+    n_ranks: int,
+    n_physical: int,
+    policy: str = "lp",
+    group_size: int | None = None,
+    n_groups: int = 1,
+    n_nodes: int = 1,
+    fallback: str = "lp",
+    threads: int = 1,
+) -> Placement | list[Placement]:
+    """Make a placement from load history; from that of several layers, one placement for each.
+
+    Args:
+        history: loads of each logical expert, for example tokens: ``[n_logical]``, their mean; ``[batches,
+            n_logical]``; or ``[layers, batches, n_logical]``. A tensor on any device, an array, or nested sequences;
+            any real dtype but ``bool``; finite, not negative, not all zero in a layer.
+        n_ranks: number of ranks.
+        n_physical: number of slots on all ranks; a multiple of ``n_ranks``, at least ``n_logical``, and at most
+            ``n_logical * n_ranks``, as no rank holds an expert twice.
+        policy: ``"lp"`` minimises the LP's optimum over likely loads. ``"eplb"`` is DeepSeek's EPLB, with copies that
+            it puts twice on one rank exchanged away. ``"eplb-distinct"`` is the same idea, never twice to begin with.
+        group_size: how many consecutive ranks balance among themselves: every expert stays in one such group. All
+            ranks by default.
+        n_groups: number of groups of experts that node-limited routing knows, consecutive experts each.
+        n_nodes: number of nodes, consecutive ranks each. Where ``n_groups`` is a multiple of it, every group of
+            experts stays on one node.
+        fallback: what shares out batches when no LP does. ``"even"`` keeps ``"lp"`` from placements that are good for
+            the LP alone.
+        threads: how many layers are placed at once; the result is the same for any number.
+
+    Returns:
+        A placement, or a list of one per layer.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a value, shape or combination is not allowed; the message has the value seen and the value
+            allowed.
+    """
+    layers, many = _checked_history(history)
+    n_logical = layers.shape[-1]
+    n_ranks = whole_number("n_ranks", n_ranks, 1)
+    n_physical = whole_number("n_physical", n_physical, 1)
+    _check_sizes(n_logical, n_physical, n_ranks)
+    if policy not in POLICIES:
+        raise ValueError(f"policy is {policy!r}, allowed are {', '.join(map(repr, POLICIES))}")
+    if fallback not in FALLBACKS:
+        raise ValueError(f"fallback is {fallback!r}, allowed are {', '.join(map(repr, FALLBACKS))}")
+    group_size = checked_group_size(n_ranks, group_size)
+    check_divides("n_ranks", n_ranks, "group_size", group_size)
+    n_groups = whole_number("n_groups", n_groups, 1)
+    n_nodes = whole_number("n_nodes", n_nodes, 1)
+    check_divides("n_ranks", n_ranks, "n_nodes", n_nodes)
+    check_divides("n_logical", n_logical, "n_groups", n_groups)
+    threads = whole_number("threads", threads, 1)
+    placed = [
+        Placement(_eplb(layer.mean(axis=0), n_physical, n_ranks, group_size, n_groups, n_nodes), n_ranks, n_logical)
+        for layer in layers
+    ]
+    return placed if many else placed[0]
+
+
+def optima(
+    placement: Placement, loads: _Array, group_size: int | None = None, *, threads: int = 1
+) -> npt.NDArray[np.float64]:
+    """The LP's optimum for every load: the largest rank load of the best fractional split of each group.
+
+    Args:
+        placement: where the experts are.
+        loads: of each logical expert, ``[n_logical]`` or ``[batch, n_logical]``, as ``history`` of `place`, zeros
+            allowed.
+        group_size: how many consecutive ranks balance among themselves; all by default.
+        threads: how many loads are looked at at once; the result is the same for any number.
+
+    Returns:
+        float64 ``[groups]`` or ``[batch, groups]``, in the loads' unit. Exact for whole tokens but for the last bits,
+        1e-9 of the sum otherwise.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a shape or value is not allowed, or the placement is not closed in groups of that size.
+    """
+    if not isinstance(placement, Placement):
+        raise TypeError(f"placement is {seen(placement)}, allowed is a lplb.Placement")
+    rows = _checked_loads("loads", loads)
+    if rows.ndim not in (1, 2) or rows.shape[-1] != placement.n_logical:
+        raise ValueError(
+            f"loads has shape {list(rows.shape)}, allowed is [n_logical] = [{placement.n_logical}] or a batch "
+            f"[n, {placement.n_logical}]"
+        )
+    group_size = checked_group_size(placement.n_ranks, group_size)
+    placement.check_groups(group_size)
+    threads = whole_number("threads", threads, 1)
+    batch = np.atleast_2d(rows)
+    out = np.empty((len(batch), placement.n_ranks // group_size))
+    _C.placement_optima(
+        placement.phy2log.data_ptr(),
+        placement.n_physical,
+        placement.n_logical,
+        placement.n_ranks,
+        group_size,
+        batch.ctypes.data,
+        len(batch),
+        out.ctypes.data,
+        threads,
+    )
+    shaped: _Floats = out.reshape(rows.shape[:-1] + out.shape[-1:])
+    return shaped
+
+
+def imbalance(
+    placement: Placement, loads: _Array, group_size: int | None = None, *, threads: int = 1
+) -> npt.NDArray[np.float64]:
+    """The LP's largest rank load over the mean of all ranks, at least 1, for every load; 1 for one without tokens.
+
+    Args:
+        placement: where the experts are.
+        loads: as for `optima`.
+        group_size: as for `optima`.
+        threads: as for `optima`.
+
+    Returns:
+        float64, ``[]`` or ``[batch]``.
+
+    Raises:
+        TypeError: as `optima`.
+        ValueError: as `optima`.
+    """
+    most = optima(placement, loads, group_size, threads=threads).max(axis=-1)
+    mean = _checked_loads("loads", loads).sum(axis=-1) / placement.n_ranks
+    ratio: _Floats = np.divide(most, mean, out=np.ones_like(most), where=mean > 0)
+    return ratio
+
+
+# ---- EPLB
+
+
+def _eplb(loads: _Floats, n_physical: int, n_ranks: int, group_size: int, n_groups: int, n_nodes: int) -> torch.Tensor:
+    """EPLB's placement, group-closed and without an expert twice on a rank, int64 [n_physical]."""
+    n_logical, slots_per_rank = len(loads), n_physical // n_ranks
+    if n_nodes == 1 or n_groups % n_nodes:
+        n_groups, n_nodes = 1, 1  # the global policy
+    parts = n_ranks // group_size
+    if parts > n_nodes:  # balance groups are packed with experts as nodes are with groups of experts
+        n_groups, n_nodes = n_logical, parts
+    weight = torch.from_numpy(loads / loads.sum())[None]
+    per_part = n_ranks // n_nodes
+    most = per_part
+    while True:
+        phy2log, _, count = rebalance_experts(weight, n_physical, n_groups, n_nodes, n_ranks)
+        if int(count.max()) <= most:
+            break
+        # More copies than ranks are no use: the expert's load is lowered until it wants one on each.
+        lowered = torch.where(count > most, weight * (most / (count + 1)), weight)
+        weight = lowered.clamp_min(1e-6 / n_logical)  # an idle expert must be able to take the slot
+    rows = phy2log.view(-1, per_part * slots_per_rank)
+    return spread_copies(rows, per_part, weight.expand(len(rows), -1)).view(-1)
+
+
+# ---- checks
+
+
+def _checked_loads(name: str, loads: object) -> _Floats:
+    """Loads as contiguous float64 of any shape, finite and not negative."""
+    if isinstance(loads, torch.Tensor):
+        if loads.dtype.is_complex or loads.dtype == torch.bool:
+            raise TypeError(f"{name} has dtype {loads.dtype}, allowed is a real dtype")
+        values = loads.detach().to(device="cpu", dtype=torch.float64).numpy()
+    elif isinstance(loads, (np.ndarray, Sequence)) and not isinstance(loads, (str, bytes)):
+        try:
+            given = np.asarray(loads)
+        except ValueError as error:  # rows of different lengths
+            raise ValueError(f"{name} is no array: {error}") from error
+        if given.dtype.kind not in "iuf":
+            raise TypeError(f"{name} has dtype {given.dtype}, allowed is a real dtype")
+        values = given.astype(np.float64)
+    else:
+        raise TypeError(f"{name} is {seen(loads)}, allowed is a tensor, an array or a sequence of numbers")
+    odd = ~((values >= 0) & (values <= _MOST_LOAD))  # true for NaN as well
+    if odd.any():
+        index = np.argwhere(odd)[0].tolist()
+        raise ValueError(f"{name}{index} is {values[tuple(index)]}, allowed are 0 to {_MOST_LOAD}")
+    return np.ascontiguousarray(values)
+
+
+def _checked_history(history: object) -> tuple[_Floats, bool]:
+    """History as [layers, batches, n_logical], and whether it came with layers."""
+    values = _checked_loads("history", history)
+    if values.ndim not in (1, 2, 3) or values.size == 0:
+        raise ValueError(
+            f"history has shape {list(values.shape)}, allowed is [n_logical], [batches, n_logical] or [layers, "
+            "batches, n_logical], and not empty"
+        )
+    layers = values.reshape((1,) * (3 - values.ndim) + values.shape)
+    idle = np.flatnonzero(layers.sum(axis=(1, 2)) == 0)
+    if idle.size:
+        where = f" in layer {idle[0]}" if values.ndim == 3 else ""
+        raise ValueError(f"history is 0 everywhere{where}, allowed is at least one load above 0; ones place evenly")
+    return layers, values.ndim == 3
+
+
+def _check_sizes(n_logical: int, n_physical: int, n_ranks: int) -> None:
+    check_divides("n_physical", n_physical, "n_ranks", n_ranks)
+    if n_physical < n_logical:
+        raise ValueError(f"n_physical is {n_physical}, allowed is n_logical = {n_logical} or more: a slot per expert")
+    if n_physical > n_logical * n_ranks:
+        raise ValueError(
+            f"n_physical is {n_physical}, allowed is at most n_logical * n_ranks = {n_logical * n_ranks}: no rank "
+            "holds an expert twice"
+        )
