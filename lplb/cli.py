@@ -110,6 +110,7 @@ def _place(arguments: argparse.Namespace) -> int:
             n_groups=arguments.groups,
             n_nodes=arguments.nodes,
             fallback=arguments.fallback,
+            first_layer=arguments.layer or 0,
         )
         if arguments.output is not None:
             formats.write_placements(arguments.output, placements, arguments.format)
@@ -180,11 +181,11 @@ def _show(arguments: argparse.Namespace) -> int:
 def _add_loads(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "--load",
-        nargs="+",
+        action="append",
         required=required,
         metavar="FILE",
-        help="loads of experts: what SGLang and vLLM record, NumPy, CSV, JSON; several files follow each other, "
-        "or are added up where each has the counts of one rank",
+        help="loads of experts: what SGLang and vLLM record, NumPy, CSV, JSON; given several times, files follow each "
+        "other, or are added up where each has the counts of one rank",
     )
     parser.add_argument("--layer", type=int, metavar="N", help="only this one, from 0")
     parser.add_argument(

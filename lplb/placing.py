@@ -29,6 +29,7 @@ def placed(
     n_groups: int = 1,
     n_nodes: int = 1,
     fallback: str = "lp",
+    first_layer: int = 0,
 ) -> tuple[list[Placement], dict[str, Any]]:
     """Make a placement for every layer and say what it is worth on the loads that it was made from.
 
@@ -41,6 +42,7 @@ def placed(
         n_groups: groups of experts that routing knows.
         n_nodes: number of nodes.
         fallback: what shares out batches when no LP does.
+        first_layer: what the report calls the first of them.
 
     Returns:
         The placements and the report. Its imbalances are means over batches, ``None`` for layers without loads.
@@ -60,7 +62,7 @@ def placed(
     )
     placements = [found] if isinstance(found, Placement) else list(found)
     layers: list[dict[str, Any]] = []
-    for i, (placement, batches) in enumerate(zip(placements, loads, strict=True)):
+    for i, (placement, batches) in enumerate(zip(placements, loads, strict=True), first_layer):
         ratios = _ratios(worth(placement, batches, group_size))
         layers.append({"layer": i, **ratios, "phy2log": placement.phy2log.tolist()})
     report = {

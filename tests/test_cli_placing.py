@@ -157,6 +157,8 @@ def test_place_one_layer_for_an_engine(run, load, tmp_path):
     assert len(found[0]) == 1
     assert all(one == found[0] for one in found)
     assert list(json.loads((tmp_path / "s.json").read_text())) == ["physical_to_logical_map"]
+    report = json.loads(run(*common, "--layer", 1, "--json")[1])
+    assert [layer["layer"] for layer in report["layers"]] == [1]
 
 
 def test_place_layers_without_tokens(run, tmp_path):
@@ -178,7 +180,7 @@ def test_place_layers_without_tokens(run, tmp_path):
 def test_place_from_several_files_and_plain_arrays(run, load, tmp_path):
     np.save(tmp_path / "x.npy", LOADS[:, 0])
     common = ("--ranks", 4, "--slots", 16, "--json")
-    report = json.loads(run("place", "--load", load, load, *common)[1])
+    report = json.loads(run("place", "--load", load, "--load", load, *common)[1])
     assert report["batches"] == 2 * N_BATCHES
     report = json.loads(run("place", "--load", tmp_path / "x.npy", "--first-axis", "layers", *common)[1])
     assert (report["batches"], len(report["layers"])) == (1, N_LAYERS)

@@ -582,6 +582,18 @@ def test_tensors_cannot_reach_past_their_file(at, tmp_path):
         read_loads(at("b.pt", zipped(members)))
 
 
+def test_parsers_do_not_warn(at, recwarn):
+    with zipfile.ZipFile(at("a.pt", {"logical_count": torch.arange(6)})) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    pkl = next(name for name in members if name.endswith("data.pkl"))
+    members[pkl] = b"\x80\x58" + members[pkl][2:]  # a protocol of which torch would say so
+    with pytest.raises(ValueError, match="logical_count: has shape"):
+        read_loads(at("b.pt", zipped(members)))
+    of_python_2 = npy("{'descr': '<i8', 'fortran_order': False, 'shape': (8L,)}", b"\0" * 64)
+    same(read_loads(at("c.npy", of_python_2)), np.zeros((1, 1, 8)))
+    assert not recwarn.list
+
+
 def test_bombs(at, monkeypatch):
     bomb = zipped({"loads.npy": huge((2**24,)) + b"\0" * (2**27 - 64)}, zipfile.ZIP_DEFLATED)
     assert len(bomb) < 2**18
