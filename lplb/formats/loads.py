@@ -1,7 +1,7 @@
 """Loads of experts, batch after batch: what serving engines record, NumPy, CSV and JSON.
 
 The keys are those of SGLang 0.5.23 (``srt/eplb/expert_distribution.py``: modes ``stat``, ``stat_approx``, ``per_pass``,
-``per_token``), of its releases before 0.4.7 (CSV), and of vLLM's pull request 41141 (``expert_load_stats_path``).
+``per_token``), of its releases of early 2025 (CSV), and of vLLM's pull request 41141 (``expert_load_stats_path``).
 """
 
 from __future__ import annotations
