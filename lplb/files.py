@@ -15,6 +15,7 @@ import json
 import math
 import os
 import stat
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,13 +90,20 @@ def refuse(where: object, why: str) -> NoReturn:
 @contextmanager
 def _parsing(where: object, what: str) -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():  # those are for who wrote the file
+            warnings.simplefilter("ignore")
+            yield
     except _Refused:
         raise
     except Exception as error:  # of odd bytes parsers raise anything: struct, zlib, Unicode, recursion, memory, …
-        words = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
-        reason = f"{type(error).__name__}: {words}" if words else type(error).__name__
-        raise _Refused(f"{where}: not {what}, or a damaged one: {reason[:_LONGEST_REASON]}") from error
+        raise _Refused(f"{where}: not {what}, or a damaged one: {_words_of(error)}") from error
+
+
+def _words_of(error: Exception) -> str:
+    # torch explains at length how its checks are turned off
+    lines = str(error).replace("WeightsUnpickler error:", "\n").split("\n")
+    words = " ".join(" ".join(line for line in lines if "weights_only" not in line).split())
+    return f"{type(error).__name__}: {words}"[:_LONGEST_REASON] if words else type(error).__name__
 
 
 def _checked_size(path: Path, most: int) -> int:
@@ -144,8 +152,8 @@ def kind_of(path: Path) -> Kind:
 
 
 def _kind_of_zip(path: Path) -> Kind:
-    with _parsing(path, "a zip archive"):
-        names = [info.filename for info in _checked_members(path, zipfile.ZipFile(io.BytesIO(_read(path, MOST_BYTES))))]
+    with _parsing(path, "a zip archive"), _opened(path) as archive:
+        names = [info.filename for info in _checked_members(path, archive)]
     if any(name.rpartition("/")[2] == "data.pkl" for name in names):
         return Kind.TORCH
     if names and all(name.endswith(".npy") for name in names):
@@ -208,7 +216,8 @@ def read_npz(path: Path, names: Sequence[str]) -> list[npt.NDArray[Any]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    with zipfile.ZipFile(io.BytesIO(_read(path, MOST_BYTES))) as archive:
+    _checked_size(path, MOST_BYTES)
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         yield archive
 
 

@@ -1,7 +1,7 @@
 """Loads of experts, batch after batch: what serving engines record, NumPy, CSV and JSON.
 
 The keys are those of SGLang 0.5.23 (``srt/eplb/expert_distribution.py``: modes ``stat``, ``stat_approx``, ``per_pass``,
-``per_token``), of its releases before 0.4.7 (CSV), and of vLLM's pull request 41141 (``expert_load_stats_path``).
+``per_token``), of its releases of early 2025 (CSV), and of vLLM's pull request 41141 (``expert_load_stats_path``).
 """
 
 from __future__ import annotations
@@ -329,9 +329,9 @@ def _of_table(path: Path, first_axis: FirstAxis | None, n_logical: int | None) -
 def _sorted_rows(keys: Mapping[str, npt.NDArray[np.float64]], counts: Numbers, path: Path) -> Numbers:
     """Put lines with numbers of layers and batches into their order: every layer has the same batches."""
     for name, column in keys.items():
-        odd = ~((column >= 0) & (column < len(column)) & (column == np.floor(column)))
+        odd = ~((column >= 0) & (column < files.MOST_COUNT) & (column == np.floor(column)))
         if odd.any():
-            refuse(path, f"{name} has {column[odd][0]}, allowed are whole numbers from 0, as many as lines at most")
+            refuse(path, f"{name} has {column[odd][0]}, allowed are whole numbers from 0")
     layer = keys.get("layer", np.zeros(len(counts)))
     found, batches = np.unique(layer, return_counts=True)
     if found[-1] != len(found) - 1 or batches.min() != batches.max():

@@ -100,7 +100,7 @@ def read_placements(path: Path, n_ranks: int | None = None, *, n_logical: int | 
     """
     slots = read_slots(path)
     if n_ranks is None and slots.n_ranks is None:
-        refuse(path, "does not say the number of ranks, allowed is n_ranks beside it")
+        refuse(path, "does not say the number of ranks; n_ranks (on the command line --ranks) has to")
     for name, given, said in (("n_ranks", n_ranks, slots.n_ranks), ("n_logical", n_logical, slots.n_logical)):
         if given is not None and said is not None and whole_number(name, given, 1) != said:
             refuse(path, f"says {name} is {said}, allowed is what was given, {given}")

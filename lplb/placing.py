@@ -1,0 +1,185 @@
+"""What ``lplb place``, ``lplb diff`` and ``lplb show`` find out, as JSON can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lplb.assess import Worth, change, with_equal_loads, worth
+from lplb.eplb import spread_copies
+from lplb.files import Path
+from lplb.formats import read_placements, read_slots
+from lplb.placement import Placement
+from lplb.policies import place
+
+__all__ = ["differences", "placed", "read_spread", "shown"]
+
+
+def placed(
+    loads: npt.NDArray[Any],
+    *,
+    n_ranks: int,
+    n_physical: int,
+    policy: str,
+    group_size: int | None = None,
+    n_groups: int = 1,
+    n_nodes: int = 1,
+    fallback: str = "lp",
+    first_layer: int = 0,
+) -> tuple[list[Placement], dict[str, Any]]:
+    """Make a placement for every layer and say what it is worth on the loads that it was made from.
+
+    Args:
+        loads: ``[layers, batches, n_logical]``; layers without any are placed as if all experts had the same.
+        n_ranks: as for `lplb.policies.place`, like the other settings.
+        n_physical: number of slots on all ranks.
+        policy: which policy.
+        group_size: consecutive ranks that balance among themselves.
+        n_groups: groups of experts that routing knows.
+        n_nodes: number of nodes.
+        fallback: what shares out batches when no LP does.
+        first_layer: what the report calls the first of them.
+
+    Returns:
+        The placements and the report. Its imbalances are means over batches, ``None`` for layers without loads.
+
+    Raises:
+        ValueError: a setting is not allowed.
+    """
+    found = place(
+        with_equal_loads(loads),
+        n_ranks=n_ranks,
+        n_physical=n_physical,
+        policy=policy,
+        group_size=group_size,
+        n_groups=n_groups,
+        n_nodes=n_nodes,
+        fallback=fallback,
+    )
+    placements = [found] if isinstance(found, Placement) else list(found)
+    layers: list[dict[str, Any]] = []
+    for i, (placement, batches) in enumerate(zip(placements, loads, strict=True), first_layer):
+        ratios = _ratios(worth(placement, batches, group_size))
+        layers.append({"layer": i, **ratios, "phy2log": placement.phy2log.tolist()})
+    report = {
+        "policy": policy,
+        "n_ranks": n_ranks,
+        "n_logical": loads.shape[2],
+        "n_physical": n_physical,
+        "batches": loads.shape[1],
+        "mean": {name: _mean([layer[name] for layer in layers]) for name in ("even", "lp", "bound")},
+        "layers": layers,
+    }
+    return placements, report
+
+
+def _ratios(found: Worth) -> dict[str, float | None]:
+    return {name: _mean(getattr(found, name).tolist()) for name in ("even", "lp", "bound")}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
+
+
+def read_spread(path: Path, n_ranks: int | None, spread: bool) -> list[Placement]:
+    """Read placements; with ``spread``, experts that are twice on a rank are exchanged away first.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as `lplb.formats.read_placements`, or no exchange helps.
+    """
+    if not spread:
+        return read_placements(path, n_ranks)
+    slots = read_slots(path)
+    ranks = n_ranks if slots.n_ranks is None else slots.n_ranks
+    if ranks is None or (n_ranks is not None and ranks != n_ranks):
+        return read_placements(path, n_ranks)  # which says what is wrong
+    experts = slots.n_logical or max(int(layer.max()) + 1 for layer in slots.phy2log)
+    placements = []
+    for i, layer in enumerate(slots.phy2log):
+        try:
+            placements.append(Placement(spread_copies(torch.from_numpy(layer), ranks), ranks, experts))
+        except ValueError as error:
+            raise ValueError(f"{path}: layer {i}: {error}") from error
+    return placements
+
+
+def differences(
+    before: Sequence[Placement], after: Sequence[Placement], expert_bytes: int | None = None
+) -> dict[str, Any]:
+    """Say what has to move, layer by layer.
+
+    Args:
+        before: a placement for each layer.
+        after: for as many layers.
+        expert_bytes: weights of one expert of one layer.
+
+    Returns:
+        The report; bytes are ``None`` without ``expert_bytes``.
+
+    Raises:
+        ValueError: other numbers of layers, ranks or experts.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"the second file has {len(after)} layers, allowed are as many as in the first, {len(before)}")
+    layers = []
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        try:
+            found = change(old, new)
+        except ValueError as error:
+            raise ValueError(f"layer {i}: {error}") from error
+        copies = {str(expert): list(pair) for expert, pair in found.copies.items()}
+        size = None if expert_bytes is None else expert_bytes * found.moves
+        layers.append({"layer": i, **found._asdict(), "copies": copies, "bytes": size})
+    n_ranks = after[0].n_ranks
+    total = {
+        "moves": sum(layer["moves"] for layer in layers),
+        "within_rank": sum(layer["within_rank"] for layer in layers),
+        "bytes": None if expert_bytes is None else sum(layer["bytes"] for layer in layers),
+        "received": [sum(layer["received"][rank] for layer in layers) for rank in range(n_ranks)],
+        "sent": [sum(layer["sent"][rank] for layer in layers) for rank in range(n_ranks)],
+    }
+    return {"n_ranks": n_ranks, "slots": sum(one.n_physical for one in after), "total": total, "layers": layers}
+
+
+def shown(
+    placements: Sequence[Placement],
+    layers: Sequence[int],
+    loads: npt.NDArray[Any] | None = None,
+    group_size: int | None = None,
+) -> dict[str, Any]:
+    """Say what ranks hold and, with loads, what they have to do.
+
+    Args:
+        placements: one for each layer.
+        layers: which of them.
+        loads: ``[layers, batches, n_logical]`` of as many layers as ``placements``, or of one for all.
+        group_size: consecutive ranks that balance among themselves.
+
+    Returns:
+        The report; loads are means over batches.
+
+    Raises:
+        ValueError: the loads are of other layers or experts.
+    """
+    if loads is not None and len(loads) not in (1, len(placements)):
+        raise ValueError(f"the loads are of {len(loads)} layers, allowed are those of the placement, {len(placements)}")
+    entries = []
+    for i in layers:
+        one = placements[i]
+        entry: dict[str, Any] = {
+            "layer": i,
+            "ranks": one.phy2log.view(one.n_ranks, -1).tolist(),
+            "copies": one.logcnt.tolist(),
+        }
+        if loads is not None:
+            found = worth(one, loads[i if len(loads) > 1 else 0], group_size)
+            entry |= {**_ratios(found), "even_loads": found.even_loads.tolist(), "lp_loads": found.lp_loads.tolist()}
+        entries.append(entry)
+    first = placements[0]
+    return {"n_ranks": first.n_ranks, "n_logical": first.n_logical, "n_layers": len(placements), "layers": entries}
