@@ -23,6 +23,9 @@ struct Heat {
   size_t left;
 };
 constexpr Heat kHeats[] = {{24, 6}, {80, 3}, {kScenarios, 1}};
+constexpr size_t kWithSamples = 4;            // recipes that are built a second time
+constexpr int kChunk = 48;                    // scenarios between one look at the sum and the next
+constexpr double kRounding = 1e-6;            // of a scenario's sum, at most, is lost in fixed point
 constexpr double kOne = 1099511627776.0;      // 2^40: tokens of a scenario, in fixed point
 constexpr double kStressWeight = 1.0 / 1024;  // decides where all likely loads can be levelled out
 constexpr double kSpreads = 2.0;              // standard deviations above its mean that an expert is packed with
@@ -182,7 +185,7 @@ Candidate best_of(const Case& c, const int64_t* loads, bool even, Scratch& scrat
   if (field.empty()) enter({0, 4, 0, 0.5, true, false});
   run(kHeats[0]);
   if (c.n_samples > 0)
-    for (size_t i = 0, n = field.size(); i < n; ++i) {
+    for (size_t i = 0, n = std::min(field.size(), kWithSamples); i < n; ++i) {
       Recipe recipe = field[i].recipe();
       recipe.by_samples = true;
       enter(recipe);
@@ -241,8 +244,16 @@ void place_layer(const Geometry& m, const placing::Outlook& outlook, const Devia
       costs.join(best.costs());
   }
   Candidate given({}, {phy2log, phy2log + m.n_physical}, m.n_logical, m.n_ranks, n_ranks, m.even);
-  given.run(scenarios.data(), kScenarios, scratch);
-  if (costs.sum() <= given.sum()) std::copy(placed.begin(), placed.end(), phy2log);
+  const double found = costs.sum();
+  const double least = (m.even ? 2.0 : 1.0) * kOne / m.n_ranks * (1.0 - kRounding);  // the mean, in every split
+  int likely = kScenarios - kScenarios / placing::kStressEvery;
+  for (int end = kChunk; end <= kScenarios; end += kChunk) {
+    given.run(scenarios.data(), end, scratch);
+    likely -= kChunk - kChunk / placing::kStressEvery;
+    if (given.sum() + likely * least < found) continue;
+    std::copy(placed.begin(), placed.end(), phy2log);
+    return;
+  }
 }
 
 }  // namespace
