@@ -1,7 +1,8 @@
 """Certified load balancing for Mixture-of-Experts expert parallelism.
 
 `Planner` maps the router's logical expert indices to physical ones so that the busiest rank of a batch has as little
-to do as its replicas allow; `Placement` says where experts live; `rebalance_experts` is EPLB.
+to do as its replicas allow; `Placement` says where experts live; `place` makes one from load history;
+`rebalance_experts` is EPLB.
 """
 
 from lplb import nn, topology
@@ -9,7 +10,18 @@ from lplb.eplb import rebalance_experts
 from lplb.placement import Placement
 from lplb.plan import Plan, SolveStatus
 from lplb.planner import Planner
+from lplb.policies import place
 
 __version__ = "0.1.0"
 
-__all__ = ["Placement", "Plan", "Planner", "SolveStatus", "__version__", "nn", "rebalance_experts", "topology"]
+__all__ = [
+    "Placement",
+    "Plan",
+    "Planner",
+    "SolveStatus",
+    "__version__",
+    "nn",
+    "place",
+    "rebalance_experts",
+    "topology",
+]
