@@ -6,19 +6,17 @@ off. ``lplb advise`` is this.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb import profiles, scenes
+from lplb import cost, profiles, scenes
 from lplb.arguments import MAX_GROUP_SIZE, check_divides, seen, whole_number
-from lplb.cost import ASSUMED_PLANNER_SECONDS, EXCHANGES, HARDWARE, Hardware, hardware_by_name, layer_parts
+from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE, Hardware, hardware_by_name, layer_parts
 from lplb.models import ModelShape, model_by_name
 from lplb.placement import Placement
 from lplb.plan import checked_solver
@@ -26,13 +24,9 @@ from lplb.planner import Planner
 from lplb.policies import place
 from lplb.profiles import Profile
 from lplb.replay import split_evenly
-from lplb.worth import FACTORS, Option, Study, in_words
+from lplb.worth import Option, Study
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-__all__ = ["LOADS", "SIZES", "generated", "late_progress", "loads_by_name", "recorded", "show", "study"]
+__all__ = ["EXCHANGES", "LOADS", "MOST_DIRECT", "SIZES", "generated", "loads_by_name", "recorded", "study"]
 
 SIZES = tuple(sorted({2**i for i in range(15)} | {3 * 2**i for i in range(13)}))
 """Tokens per rank that are looked at: 1 to 16,384, in steps of a third to a half."""
@@ -40,12 +34,14 @@ SIZES = tuple(sorted({2**i for i in range(15)} | {3 * 2**i for i in range(13)}))
 LOADS = ("lognormal", "trace")
 """Loads that need no file."""
 
+EXCHANGES = ("auto", *cost.EXCHANGES)
+"""How tokens travel between nodes: `lplb.cost.EXCHANGES`, or by the batch size."""
+
 MOST_DIRECT = 256
 """Up to so many tokens per rank every choice of a token travels by itself: DeepEP's documentation wants fewer than 256
 tokens for its low-latency kernels, which do that; beyond, its normal kernels are modelled."""
 
 _WAYS = (("eplb", "even"), ("eplb-distinct", "even"), ("lp", "even"), ("eplb", "lp"), ("lp", "lp"))
-_EXCHANGES = ("auto", *EXCHANGES)
 _MOST_SIZE = 1 << 20
 _MOST_SLOTS = 64  # redundant ones per rank
 _MOST_RANKS = 4096
@@ -214,8 +210,8 @@ def _checked_deployment(
     for name, value, kind in (("model", model, ModelShape), ("hardware", hardware, Hardware)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} is {seen(value)}, allowed is a {kind.__name__} or its name")
-    if exchange not in _EXCHANGES:
-        raise ValueError(f"exchange is {exchange!r}, allowed are {', '.join(map(repr, _EXCHANGES))}")
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange is {exchange!r}, allowed are {', '.join(map(repr, EXCHANGES))}")
     ranks = whole_number("n_ranks", n_ranks, 1, _MOST_RANKS)
     if n_nodes is None and ranks > 8 and ranks % 8:
         raise ValueError(f"n_nodes is not given, allowed only where n_ranks, {ranks}, is up to 8 or a multiple of 8")
@@ -348,97 +344,3 @@ def _layer(at: _Deployment, hardware: Hardware, quota: npt.NDArray[Any], sizes: 
         time[some] = parts.experts + parts.dispatch + parts.combine
         floors[some] = parts.floor
     return time, floors
-
-
-# ---- to read
-
-
-def show(found: Study, console: Console) -> None:
-    """Print tables and sentences; needs rich."""
-    from rich.markup import escape
-
-    nodes = "1 node" if found.n_nodes == 1 else f"{found.n_nodes} nodes"
-    console.print(
-        f"[bold]{found.model.name}[/bold] on {found.n_ranks} × {found.hardware.name} ({nodes}, balance groups of "
-        f"{found.group_size}); loads {escape(found.loads)}"
-    )
-    console.print(_options_table(found))
-    if any(option.split == "lp" for option in found.options):
-        console.print(_crossover_table(found))
-    for text in [*found.notes, *found.sentences()]:
-        console.print(f"• {escape(text)}")
-
-
-def _options_table(found: Study) -> Table:
-    """For each asked size a section, for each redundancy a row: the fastest even split and the fastest LP."""
-    from rich.table import Table
-
-    shown = Table(title="A layer's modelled time; times of the LP include the planner's, which is assumed")
-    shown.add_column("tokens per rank, redundant slots")
-    for name in ("memory\nper rank", "even splits,\npolicy", "\nimbalance", "\ntime", "LP,\npolicy"):
-        shown.add_column(name, justify="left" if name.endswith("policy") else "right")
-    for name in ("\nimbalance", "\ntime", "saved to\nnothing done"):
-        shown.add_column(name, justify="right")
-    for size in found.asked:
-        i, advised = found.sizes.index(size), found.advice(size)
-        shown.add_row(f"[bold]{size:,} tokens per rank[/bold]", style="bold")
-        for level in found.levels():
-            cells, fastest = [], float("inf")
-            for split in ("even", "lp"):
-                option = found.best(level, split, size)
-                if option is None:
-                    cells += ["-", "-", "-"]
-                    continue
-                seconds = float(found.seconds(option)[i])
-                fastest = min(fastest, seconds)
-                mark = "[bold green]{}[/bold green]" if option is advised.option else "{}"
-                cells += [mark.format(t) for t in (option.policy, f"{option.imbalance[i]:.2f}", in_words(seconds))]
-            saved = f"{1 - fastest / advised.nothing:.1%}"
-            shown.add_row(f"  {level}", f"{found.memory(level):.1f} GiB", *cells, saved)
-        shown.add_section()
-    return shown
-
-
-def _crossover_table(found: Study) -> Table:
-    """From what size the LP pays: redundancies by hardware and planner's time."""
-    from rich.table import Table
-
-    shown = Table(title="The LP pays from so many tokens per rank on, if its planner takes so long (assumed)")
-    shown.add_column("redundant\nslots")
-    names = list(found.options[0].seconds)
-    for name in names:
-        for factor in FACTORS:
-            shown.add_column(f"{name}\n{in_words(found.planner_seconds * factor)}", justify="right")
-    for level in found.levels():
-        sizes = [found.lp_pays_from(level, name, factor) for name in names for factor in FACTORS]
-        none = "never" if any((o.redundant, o.split) == (level, "lp") for o in found.options) else "-"
-        shown.add_row(str(level), *(none if size is None else f"{size:,}" for size in sizes))
-    return shown
-
-
-@contextmanager
-def late_progress(after: float = 2.0) -> Iterator[Callable[[int, int], None]]:
-    """Yield what `study` takes as ``on_progress``: a bar on the standard error after so many seconds, with rich."""
-    begin, bars = time.perf_counter(), ExitStack()
-    update: Callable[[int, int], None] | None = None
-
-    def tick(done: int, of: int) -> None:
-        nonlocal update
-        if update is None and time.perf_counter() - begin >= after:
-            update = _bar(bars)
-        if update is not None:
-            update(done, of)
-
-    with bars:
-        yield tick
-
-
-def _bar(bars: ExitStack) -> Callable[[int, int], None]:
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        return lambda done, of: None
-    bar = bars.enter_context(Progress(console=Console(stderr=True), transient=True))
-    task = bar.add_task("options")
-    return lambda done, of: bar.update(task, completed=done, total=of)

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from lplb.arguments import whole_number
+from lplb.results import HEADINGS, NOTES, cells, section
 from lplb.scenes import Scene
 from lplb.simulate import LayerSeconds, Simulation, check_configuration, simulate
 
@@ -100,107 +103,49 @@ def table(simulations: Sequence[Simulation], loads: str) -> Table:
     """
     s = simulations[0]
     n_batches, n_layers, _ = s.rank_load.shape
-    shown = Table(title=f"{loads}: batches {s.first} to {s.first + n_batches - 1}, {n_layers} layers")
-    shown.add_column("")
-    for heading in _HEADINGS:
-        shown.add_column(heading, justify="right")
+    span = f"batches {s.first} to {s.first + n_batches - 1}, {n_layers} layers, {s.setting.n_logical} experts"
+    shown = Table(title=Text(f"{loads}: {span}"), box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    shown.add_column("policy /\nsplit", min_width=22, max_width=22)
+    for heading in HEADINGS:
+        shown.add_column("\n".join(heading), justify="right", no_wrap=True)
     last = None
     for s in simulations:
-        here = s.setting
-        head = (here.n_ranks, here.group_size, here.n_nodes)
-        if head != last:
+        if section(s) != last:
+            last = section(s)
             shown.add_section()
-            groups = f", groups of {here.group_size}" if here.group_size < here.n_ranks else ""
-            nodes = f", {here.n_nodes} nodes" if here.n_nodes > 1 else ""
-            shown.add_row(f"[bold]{here.n_ranks} ranks, {here.n_logical} experts{groups}{nodes}")
-            last = head
-        best = s is min((o for o in simulations if o.setting.n_ranks == here.n_ranks), key=_mean)
-        shown.add_row(f"  {here.name} [dim]({here.n_physical} slots)", *cells(s), style="green" if best else None)
+            shown.add_row(f"[bold]{last}")
+        best = s is min((o for o in simulations if section(o) == last), key=_mean)
+        shown.add_row(f"  {s.setting.name}", *cells(s), style="green" if best else None)
     return shown
-
-
-_HEADINGS = (
-    "imbalance\nmean",
-    "certified\nbound",
-    "imbalance\np99",
-    "balanced-\nness",
-    "cross-\nnode",
-    "moved at a\nrefresh",
-    "layer time\n(model)",
-)
 
 
 def _mean(s: Simulation) -> float:
     return s.summary.imbalance_mean
 
 
-def cells(s: Simulation) -> list[str]:
-    """Return a simulation's numbers as the table shows them, in the order of its columns."""
-    n = s.summary
-    return [
-        f"{n.imbalance_mean:.3f}",
-        f"{n.bound_mean:.3f}",
-        f"{n.imbalance_p99:.3f}",
-        f"{n.balancedness:.3f}",
-        "-" if n.cross_node_share is None else f"{n.cross_node_share:.1%}",
-        _moved(s),
-        "-" if n.layer_seconds_mean is None else f"{n.layer_seconds_mean * 1e6:.0f} µs",
-    ]
+def notes(simulations: Sequence[Simulation], costs: str) -> Table:
+    """Return what the words in the table mean, those that it uses.
 
-
-def _moved(s: Simulation) -> str:
-    n = s.summary
-    if s.setting.policy == "none" or not n.refreshes:
-        return "-"
-    if s.expert_bytes:
-        return in_bytes(n.moved_bytes / n.refreshes)
-    return f"{n.slots_moved / n.refreshes:.0f} slots"
-
-
-def in_bytes(n: float) -> str:
-    """Return bytes with a decimal unit: ``"12.3 GB"``."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            break
-        n /= 1000
-    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
-
-
-NOTES = (
-    (
-        "imbalance",
-        "Busiest rank's tokens / mean over ranks, 1 is perfect. Mean and 99th percentile over batches and layers.",
-    ),
-    (
-        "certified bound",
-        "No split of the tokens over this placement has a lower mean imbalance: a proof, from the LP's dual.",
-    ),
-    ("balancedness", "Mean over busiest, averaged: what serving engines print."),
-    (
-        "cross-node",
-        "Share of tokens, each once per expert, that leave their node; copies take their own node's tokens first.",
-    ),
-    ("moved", "Experts that ranks get anew when experts are placed again, all layers together; mean over refreshes."),
-    ("layer time", "A model, not a measurement: see lplb.cost."),
-)
-"""What the words in the table mean."""
-
-
-def notes(simulations: Sequence[Simulation]) -> Table:
-    """Return what the words in the table mean, those that it uses."""
+    Args:
+        simulations: as for `table`.
+        costs: what the layer time is a model of.
+    """
     s = simulations[0]
     unused = {"cross-node"} if s.cross_node is None else set()
-    unused |= {"layer time"} if s.layer_seconds is None else set()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold dim", no_wrap=True)
     grid.add_column(style="dim")
     for word, meaning in NOTES:
         if word not in unused:
             grid.add_row(word, meaning)
-    again = f"and again every {s.setting.refresh} batches" if s.setting.refresh else "once"
+    if s.layer_seconds is not None:
+        grid.add_row("time", f"Of a layer: a model, not a measurement (lplb.cost): {costs}.")
+    often = f"Made every {s.setting.refresh} batches" if s.setting.refresh else "Made once"
+    slots = "; ".join(sorted({f"{o.setting.n_physical} on {o.setting.n_ranks} ranks" for o in simulations}, key=len))
+    grid.add_row("slots", f"{slots}.")
     grid.add_row(
         "placements",
-        f"Made {again} from the {s.setting.window} batches before; batches 0 to {s.first - 1} are history only and not "
+        f"{often} from the {s.setting.window} batches before; batches 0 to {s.first - 1} are history only and not "
         "counted for any method.",
     )
     return grid

@@ -13,7 +13,8 @@
   LPLB's figure, and an assumption.
 
 Not in it: the latency of kernels and links (the same for every plan), reading and writing activations, shared experts
-and attention, overlap of the parts, and where tokens come from: a split that keeps tokens at home is better than this.
+and attention, overlap of the parts, and where tokens come from: a split that keeps tokens at home, or a router that
+picks few nodes for each token, is better than this.
 """
 
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""Simulations as files: CSV for spreadsheets and data frames, JSON with everything."""
+"""Simulations as text: the numbers of a table, CSV for spreadsheets and data frames, JSON with everything."""
 
 from __future__ import annotations
 
@@ -11,7 +11,94 @@ from typing import Any
 
 from lplb.simulate import Simulation
 
-__all__ = ["BATCH_COLUMNS", "SUMMARY_COLUMNS", "batches_csv", "rank_loads_csv", "summary_csv", "to_json", "write_files"]
+__all__ = [
+    "BATCH_COLUMNS",
+    "HEADINGS",
+    "NOTES",
+    "SUMMARY_COLUMNS",
+    "batches_csv",
+    "cells",
+    "in_bytes",
+    "rank_loads_csv",
+    "section",
+    "summary_csv",
+    "to_json",
+    "write_files",
+    "write_text",
+]
+
+HEADINGS = (
+    ("imbal.", "mean"),
+    ("lower", "bound"),
+    ("imbal.", "p99"),
+    ("bal-", "anced"),
+    ("cross-", "node"),
+    ("moved", "each"),
+    ("time", "(model)"),
+)
+"""Of the columns of `cells`, in two lines."""
+
+
+def section(s: Simulation) -> str:
+    """Return which part of the table a simulation is in: ``"32 ranks in 4 nodes"``."""
+    here = s.setting
+    groups = f", groups of {here.group_size}" if here.group_size < here.n_ranks else ""
+    nodes = f" in {here.n_nodes} nodes" if here.n_nodes > 1 else ""
+    return f"{here.n_ranks} ranks{nodes}{groups}"
+
+
+def cells(s: Simulation) -> list[str]:
+    """Return a simulation's numbers as the table shows them, in the order of its columns."""
+    n = s.summary
+    return [
+        f"{n.imbalance_mean:.3f}",
+        f"{n.bound_mean:.3f}",
+        f"{n.imbalance_p99:.3f}",
+        f"{n.balancedness:.3f}",
+        "-" if n.cross_node_share is None else f"{n.cross_node_share:.1%}",
+        _moved(s),
+        "-" if n.layer_seconds_mean is None else f"{n.layer_seconds_mean * 1e6:.0f} µs",
+    ]
+
+
+def _moved(s: Simulation) -> str:
+    n = s.summary
+    if s.setting.policy == "none" or not n.refreshes:
+        return "-"
+    if s.expert_bytes:
+        return in_bytes(n.moved_bytes / n.refreshes)
+    return f"{n.slots_moved / n.refreshes:.0f}"
+
+
+def in_bytes(n: float) -> str:
+    """Return bytes with a decimal unit: ``"12.3 GB"``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            break
+        n /= 1000
+    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+
+
+NOTES = (
+    (
+        "imbalance",
+        "Busiest rank's tokens / mean over ranks, 1 is perfect. Mean and 99th percentile over batches and layers.",
+    ),
+    (
+        "lower bound",
+        "No split of the tokens over this placement has a lower mean imbalance: a proof, from the LP's dual.",
+    ),
+    ("balanced", "Mean over busiest, averaged: what serving engines print."),
+    (
+        "cross-node",
+        "Share of tokens, each once per expert, that leave their node; copies take their own node's tokens first.",
+    ),
+    ("moved each", "What ranks get anew each time that experts are placed again: weights, all layers together."),
+)
+"""What the words in the table mean."""
+
+
+# ---- files
 
 SUMMARY_COLUMNS = {
     "configuration": "policy and split",

@@ -44,8 +44,8 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Policy and split, as tables show it."""
-        return "none" if self.policy == "none" else f"{self.policy}, {self.split}"
+        """Policy and split, as tables show them: ``"eplb / lp"``."""
+        return "none" if self.policy == "none" else f"{self.policy} / {self.split}"
 
 
 @dataclass(frozen=True)

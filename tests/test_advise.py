@@ -11,7 +11,8 @@ import torch
 from test_cost import slow_seconds
 
 from lplb import Placement, Planner, cli, profiles, scenes
-from lplb.advise import MOST_DIRECT, SIZES, generated, late_progress, loads_by_name, recorded, study
+from lplb.advise import MOST_DIRECT, SIZES, generated, loads_by_name, recorded, study
+from lplb.advise_command import late_progress
 from lplb.cost import HARDWARE
 from lplb.models import MODELS, ModelShape
 from lplb.policies import place
@@ -436,7 +437,7 @@ def test_the_command_prints_tables_and_sentences(capsys, monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.setenv("COLUMNS", "140")
     arguments = ["advise", "--model", "qwen3-235b-a22b", "--ranks", "8", "--load", "trace", "--hardware", "h100"]
-    assert cli.main([*arguments, "--tokens", "8", "2048", "--planner-us", "60"]) == 0
+    assert cli.main([*arguments, "--tokens", "8", "2048", "--planner-seconds", "6e-5"]) == 0
     text = capsys.readouterr().out
     for part in (
         "qwen3-235b-a22b",
