@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from lplb import cost, profiles, scenes
-from lplb.arguments import MAX_GROUP_SIZE, check_divides, seen, whole_number
+from lplb.arguments import MAX_GROUP_SIZE, MOST_TOKENS, check_divides, seen, whole_number
 from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE, Hardware, hardware_by_name, layer_parts
 from lplb.models import ModelShape, model_by_name
 from lplb.placement import Placement
@@ -42,9 +42,8 @@ MOST_DIRECT = 256
 tokens for its low-latency kernels, which do that; beyond, its normal kernels are modelled."""
 
 _WAYS = (("eplb", "even"), ("eplb-distinct", "even"), ("lp", "even"), ("eplb", "lp"), ("lp", "lp"))
-_MOST_SIZE = 1 << 20
 _MOST_SLOTS = 64  # redundant ones per rank
-_MOST_RANKS = 4096
+_MOST_RANKS = 1024
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -130,7 +129,8 @@ def study(
             part that divides ranks and experts.
         redundancy: redundant slots per rank to look at. 0 is always looked at; what would hold an expert twice on a
             rank, or experts that do not fit into memory, is left out.
-        tokens: tokens per rank that advice is for. A token has ``model.top_k`` experts.
+        tokens: tokens per rank that advice is for. A token has ``model.top_k`` experts; all ranks together have at most
+            2**31 - 1 choices.
         sizes: further tokens per rank; the batch size from which the LP pays is one of all these.
         planner_seconds: the planner's time per layer and batch, an assumption.
         exchange: how tokens travel between nodes, see `lplb.cost`; ``"auto"`` is ``"direct"`` up to `MOST_DIRECT`
@@ -155,10 +155,11 @@ def study(
         raise TypeError(f"planner_seconds is {planner_seconds!r}, allowed is a number")
     if not 0 <= planner_seconds <= 1:
         raise ValueError(f"planner_seconds is {planner_seconds}, allowed are 0 to 1")
-    asked = sorted({whole_number("tokens", size, 1, _MOST_SIZE) for size in tokens})
+    most = MOST_TOKENS // (at.n_ranks * at.model.top_k)
+    asked = sorted({whole_number("tokens", size, 1, most) for size in tokens})
     if not asked:
         raise ValueError("tokens is empty, allowed is at least one number")
-    grid = sorted({whole_number("sizes", size, 1, _MOST_SIZE) for size in sizes} | set(asked))
+    grid = sorted({whole_number("sizes", size, 1, most) for size in sizes} | set(asked))
     levels, notes = _levels(at, {whole_number("redundancy", level, 0, _MOST_SLOTS) for level in redundancy})
     counts = np.stack([loads.counts(size * at.n_ranks * at.model.top_k, seed) for size in grid], axis=1)
     return Study(

@@ -164,7 +164,7 @@ def _crossover_table(found: Study) -> Table:
 
 @contextmanager
 def late_progress(after: float = 2.0) -> Iterator[Callable[[int, int], None]]:
-    """Yield an ``on_progress`` for `lplb.advise.study`: after so many seconds a bar on the standard error, with rich."""
+    """Yield an ``on_progress`` for `lplb.advise.study`: a bar on the standard error, after so many seconds."""
     begin, bars = time.perf_counter(), ExitStack()
     update: Callable[[int, int], None] | None = None
 

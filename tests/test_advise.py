@@ -164,11 +164,11 @@ def test_balanced_experts_need_nothing(model):
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))
-@pytest.mark.parametrize("hardware", sorted(HARDWARE))
-def test_a_token_per_rank_is_no_case_for_an_lp(model, hardware):
-    found = study(model, hardware, 16, sizes=(), tokens=(1,))
+def test_a_token_per_rank_is_no_case_for_an_lp(model):
+    found = study(model, "h200", 16, sizes=(), tokens=(1,))
     assert found.advice(1).option.split == "even"
-    assert found.lp_pays_from(found.levels()[-1]) is None
+    for level in found.levels():
+        assert all(found.lp_pays_from(level, hardware) is None for hardware in HARDWARE)
 
 
 def test_every_copy_in_use_reads_weights_again():
@@ -339,7 +339,7 @@ BAD = [
     ({"redundancy": (-1,)}, ValueError, "redundancy is -1"),
     ({"tokens": ()}, ValueError, "tokens is empty"),
     ({"tokens": (0,)}, ValueError, "tokens is 0"),
-    ({"sizes": (1 << 21,)}, ValueError, "sizes is 2097152"),
+    ({"sizes": (1 << 26,)}, ValueError, f"sizes is {1 << 26}, allowed is 1 to {(2**31 - 1) // 32}"),
     ({"planner_seconds": -1.0}, ValueError, "planner_seconds is -1.0"),
     ({"planner_seconds": float("nan")}, ValueError, "planner_seconds is nan"),
     ({"planner_seconds": "1"}, TypeError, "planner_seconds is '1'"),
