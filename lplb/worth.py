@@ -186,25 +186,23 @@ class Study:
     def _advise(self, size: int) -> str:
         found = self.advice(size)
         option, share = found.option, self.memory(found.option.redundant) * _GIB / self.hardware.memory_bytes
-        at = f"At {size:,} tokens per rank"
+        at = f"At {size:,} token{'' if size == 1 else 's'} per rank"
         if option.redundant == 0 and option.split == "even":
             fastest = min(self.at(o, size) for o in self.options)
             gain = 1 - fastest / found.seconds
             least = f"the best of the rest would save {gain:.1%}" if gain > 0 else "nothing else is faster"
             placed = (
-                ""
-                if option.policy == "none"
-                else (f" Placing the experts by {option.policy} saves {found.saving:.1%}.")
+                "" if option.policy == "none" else f" Placing the experts by {option.policy} saves {found.saving:.1%}."
             )
             return f"{at} neither redundant slots nor an LP pay here: {least}.{placed}"
         memory = f"{self.memory(option.redundant):.1f} GiB of each rank's memory, {share:.1%}"
         lp = option.split == "lp"
         even = self.best(option.redundant, "even", size)
-        beside = f", {in_words(self.at(even, size))} with even splits" if lp and even is not None else ""
+        beside = f"; {in_words(self.at(even, size))} with even splits" if lp and even is not None else ""
         return (
-            f"{at}: {_slots(option.redundant)} per rank ({memory}), {option.words}: "
-            f"{in_words(found.seconds)} per layer{' with the planner' if lp else ''}, {in_words(found.nothing)} "
-            f"without anything{beside} ({found.saving:.1%} less).{'' if lp else ' The LP does not pay at this size.'}"
+            f"{at}: {_slots(option.redundant)} per rank ({memory}), {option.words}: {in_words(found.seconds)} per layer"
+            f"{' with the planner' if lp else ''}, {found.saving:.1%} less than the {in_words(found.nothing)} of doing "
+            f"nothing{beside}.{'' if lp else ' The LP does not pay at this size.'}"
         )
 
     def _say_crossover(self) -> str:
@@ -232,7 +230,7 @@ class Study:
         size, level = min(self.asked), self.levels()[-1]
         part = self.advice(size).option.floor[self.sizes.index(size)]
         text = (
-            f"At {size:,} tokens per rank, {part:.0%} of a layer is what experts in use cost however few tokens they "
+            f"At {size:,} token{'' if size == 1 else 's'} per rank, {part:.0%} of a layer is what experts in use cost however few tokens they "
             "have (weights are read, a tile is multiplied)"
         )
         if level == 0:
