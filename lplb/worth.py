@@ -186,7 +186,7 @@ class Study:
     def _advise(self, size: int) -> str:
         found = self.advice(size)
         option, share = found.option, self.memory(found.option.redundant) * _GIB / self.hardware.memory_bytes
-        at = f"At {size:,} token{'' if size == 1 else 's'} per rank"
+        at = _at_size(size)
         if option.redundant == 0 and option.split == "even":
             fastest = min(self.at(o, size) for o in self.options)
             gain = 1 - fastest / found.seconds
@@ -230,7 +230,7 @@ class Study:
         size, level = min(self.asked), self.levels()[-1]
         part = self.advice(size).option.floor[self.sizes.index(size)]
         text = (
-            f"At {size:,} token{'' if size == 1 else 's'} per rank, {part:.0%} of a layer is what experts in use cost however few tokens they "
+            f"{_at_size(size)}, {part:.0%} of a layer is what experts in use cost however few tokens they "
             "have (weights are read, a tile is multiplied)"
         )
         if level == 0:
@@ -318,3 +318,7 @@ def in_words(seconds: float) -> str:
 
 def _slots(number: int) -> str:
     return f"{number} redundant slot{'' if number == 1 else 's'}"
+
+
+def _at_size(size: int) -> str:
+    return f"At {size:,} token{'' if size == 1 else 's'} per rank"
