@@ -17,6 +17,7 @@ import torch
 from lplb import cost, profiles, scenes
 from lplb.arguments import MAX_GROUP_SIZE, MOST_TOKENS, check_divides, seen, whole_number
 from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE, Hardware, hardware_by_name, layer_parts
+from lplb.formats import read_loads
 from lplb.models import ModelShape, model_by_name
 from lplb.placement import Placement
 from lplb.plan import checked_solver
@@ -84,14 +85,17 @@ def recorded(model: ModelShape) -> Profile:
 
 
 def loads_by_name(name: str, model: ModelShape, *, sigma: float = 0.85, noise: float = 0.3, seed: int = 0) -> Profile:
-    """Return the loads that ``lplb advise --load`` names: one of `LOADS`, or a file that `lplb.formats` reads."""
+    """Return the loads that ``lplb advise --load`` names: one of `LOADS`, or a file that `lplb.formats` reads.
+
+    Raises:
+        TypeError, ValueError: loads or file do not fit the model; see `lplb.formats.read_loads`.
+        OSError: the file cannot be read.
+    """
     if name == "lognormal":
         return generated(model, sigma=sigma, noise=noise, seed=seed)
     if name == "trace":
         return recorded(model)
-    from lplb.formats import read_loads
-
-    return profiles.profile(np.asarray(read_loads(name)), model, name)
+    return profiles.profile(read_loads(name, n_logical=model.n_logical), model, name)
 
 
 # ---- what every option takes

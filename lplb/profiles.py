@@ -107,7 +107,8 @@ def profile(loads: npt.NDArray[Any], model: ModelShape, name: str, notes: Sequen
     """Cut loads into cases, spread evenly over layers and time.
 
     Args:
-        loads: ``[layers, batches, n_logical]``, finite, not negative, in no batch all zero.
+        loads: ``[layers, batches, n_logical]``, finite, not negative, not all zero. Layers without a token, which is
+            how dense layers are recorded, are left out, and batches that are empty in one of the others.
         model: whose experts they are.
         name: what reports and messages call them.
         notes: what a reader must know of them.
@@ -116,11 +117,11 @@ def profile(loads: npt.NDArray[Any], model: ModelShape, name: str, notes: Sequen
         TypeError: ``loads`` is not an array of a real dtype.
         ValueError: they have another number of experts than the model, or a value or shape is not allowed.
     """
-    values = _checked(loads, model, name)
+    values, told = _checked(loads, model, name)
+    told = [*notes, *told]
     n_layers, n_batches, _ = values.shape
     history = min(_HISTORY, max(n_batches // 2, n_batches - _SERVED))
     served = min(_SERVED, n_batches - history)
-    told = list(notes)
     room = n_batches - history - served  # starts of a case: 0 to room
     n_cases = min(MOST_CASES, max(n_layers, room + 1))
     share = values / values.sum(-1, keepdims=True)
@@ -146,8 +147,8 @@ def profile(loads: npt.NDArray[Any], model: ModelShape, name: str, notes: Sequen
     return Profile(name, cases, told)
 
 
-def _checked(loads: object, model: ModelShape, name: str) -> _Floats:
-    """Loads as float64, of the model's experts."""
+def _checked(loads: object, model: ModelShape, name: str) -> tuple[_Floats, list[str]]:
+    """Loads of the model's experts as float64, none of them empty, and what was left out."""
     if not isinstance(loads, np.ndarray) or loads.dtype.kind not in "iuf":
         raise TypeError(f"loads is {seen(loads)}, allowed is an array of a real dtype")
     if loads.ndim != 3 or not loads.size:
@@ -161,10 +162,18 @@ def _checked(loads: object, model: ModelShape, name: str) -> _Floats:
     odd = ~((values >= 0) & (values < 1e30))  # true for NaN as well; sums stay finite
     if odd.any():
         raise ValueError(f"{name} has {values[odd][0]} at {np.argwhere(odd)[0].tolist()}, allowed are 0 to 1e30")
-    idle = np.argwhere(values.sum(-1) == 0)
-    if idle.size:
-        layer, batch = idle[0].tolist()
+    full = values.sum((1, 2)) > 0
+    if not full.any():
+        raise ValueError(f"{name} is 0 everywhere, allowed is at least one load above 0")
+    used = values[full]
+    busy = (used.sum(-1) > 0).all(0)
+    if not busy.any():
         raise ValueError(
-            f"{name} is 0 everywhere in layer {layer}, batch {batch}, allowed is at least one load above 0"
+            f"{name} has in each of {len(busy)} batches a layer without tokens, allowed is a batch with all"
         )
-    return values
+    told = []
+    if not full.all():
+        told.append(f"{np.count_nonzero(~full)} of {len(full)} layers have no tokens and are left out.")
+    if not busy.all():
+        told.append(f"{np.count_nonzero(~busy)} of {len(busy)} batches have a layer without tokens and are left out.")
+    return used[:, busy], told

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -290,7 +291,12 @@ def test_loads_of_a_user_are_cut_into_cases():
         (-np.ones((1, 2, 32)), ValueError, r"mine has -1.0 at \[0, 0, 0\]"),
         (np.full((1, 2, 32), np.nan), ValueError, "mine has nan"),
         (np.full((1, 2, 32), np.inf), ValueError, "mine has inf"),
-        (np.zeros((1, 2, 32)), ValueError, "mine is 0 everywhere in layer 0, batch 0"),
+        (np.zeros((1, 2, 32)), ValueError, "mine is 0 everywhere"),
+        (
+            np.ones((2, 2, 32)) * np.eye(2)[:, :, None],
+            ValueError,
+            "mine has in each of 2 batches a layer without tokens",
+        ),
     ],
 )
 def test_bad_loads_by_value(loads, error, message):
@@ -490,6 +496,32 @@ def test_own_models_and_hardware():
     assert "50% of its data sheet" in found.sentences()[-1]
 
 
-def test_loads_by_name():
+def test_loads_by_name(tmp_path, capsys):
     assert loads_by_name("lognormal", SMALL, sigma=0.5).name == generated(SMALL, sigma=0.5).name
     assert loads_by_name("trace", DEEPSEEK).name == "the recorded router trace"
+    loads = np.random.default_rng(0).integers(1, 100, (3, 50, 128))
+    loads[0] = 0  # a dense layer
+    loads[2, 4] = 0
+    path = tmp_path / "loads.npy"
+    np.save(path, loads)
+    model = MODELS["gpt-oss-120b"]
+    found = loads_by_name(str(path), model)
+    assert found.notes == [
+        "1 of 3 layers have no tokens and are left out.",
+        "1 of 50 batches have a layer without tokens and are left out.",
+    ]
+    kept = np.delete(loads[1:], 4, axis=1)
+    assert np.array_equal(found.cases[0].history, kept[0, :32])
+    assert np.array_equal(found.cases[3].history, kept[1, 9:41])
+    base = ["advise", "--model", "gpt-oss-120b", "--ranks", "4", "--tokens", "64", "--json", "--load"]
+    assert cli.main([*base, str(path)]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["loads"]["name"] == str(path)
+    assert content["loads"]["notes"][:2] == found.notes
+    assert cli.main(["advise", "--model", "kimi-k2", "--ranks", "4", "--json", "--load", str(path)]) == 1
+    assert re.search("128 experts, allowed.*384", capsys.readouterr().err)
+    assert cli.main([*base, str(tmp_path / "none.npy")]) == 1
+    assert "none.npy" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:1000])
+    assert cli.main([*base, str(path)]) == 1
+    assert "loads.npy" in capsys.readouterr().err
