@@ -36,6 +36,37 @@ def total(table: _Table, n_logical: int, loads: int) -> int:
 def add(counter: int, bytes: int, value: int) -> None:
     """Add to one int32 or int64."""
 
+def eplb_place(
+    sizes: tuple[int, int, int, int, int], layers: int, arrays: Sequence[int], distinct: bool, threads: int
+) -> int:
+    """EPLB, or with ``distinct`` its kin without an expert twice on a GPU; returns the most copies of any expert.
+
+    ``sizes``: n_logical, n_slots, n_groups, n_nodes, n_gpus, as ``csrc/core/eplb.h`` allows them. ``arrays``: read are
+    float32 loads ``[layers, n_logical]`` and group loads ``[layers, n_groups]``, 0 where there are none or as many
+    groups as nodes; written are phy2log int64 ``[layers, n_slots]``, which of its expert's copies a slot is int32
+    ``[layers, n_slots]``, logcnt int64 ``[layers, n_logical]``.
+    """
+
+def eplb_log2phy(
+    sizes: tuple[int, int, int, int, int],
+    layers: int,
+    arrays: Sequence[int],
+    most_copies: int,
+    log2phy: int,
+    threads: int,
+) -> None:
+    """Write log2phy int64 ``[layers, n_logical, most_copies]`` from what `eplb_place` left, padded with -1."""
+
+def bottleneck_ranks(phy2log: Sequence[int], n_logical: int, n_ranks: int, group_size: int, loads: int) -> list[bool]:
+    """Whether each rank is in the largest set of its group's ranks that sets the optimum of the LP.
+
+    That is the set A with the most ranks among those with the largest load(A) / size(A), where load(A) are the tokens
+    that only ranks in A can take; none without tokens. ``loads``: int64 ``[n_logical]``, below 2^52 in all.
+    """
+
+scenarios: int
+"""How many `likely_loads` draws."""
+
 def placement_optima(
     phy2log: int,
     n_physical: int,
@@ -47,10 +78,29 @@ def placement_optima(
     out: int,
     threads: int,
 ) -> None:
-    """The LP's optimum t* of float64 ``loads [batch, n_logical]`` on int32 ``phy2log [n_physical]``, per group.
+    """Find the LP's optimum t* of float64 ``loads [batch, n_logical]`` on int32 ``phy2log [n_physical]``, per group.
 
     ``out``: float64 ``[batch, n_ranks // group_size]``. Other Python threads run meanwhile.
     """
+
+def place_for_lp(
+    geometry: tuple[int, int, int, int],
+    even: bool,
+    history: int,
+    layers: int,
+    batches: int,
+    phy2log: int,
+    threads: int,
+) -> None:
+    """Better int32 ``phy2log [layers, n_physical]`` for the LP over loads that are likely after ``history``.
+
+    ``geometry``: n_logical, n_ranks, n_physical, n_parts; no expert has copies in two parts, which are equal runs of
+    ranks, before and after. ``history``: float64 ``[layers, batches, n_logical]``. ``even``: even splits count as
+    much as the LP's, and there are no hubs. Other Python threads run meanwhile.
+    """
+
+def likely_loads(history: int, batches: int, n_logical: int, out: int) -> None:
+    """Draw ``out``, float64 ``[scenarios, n_logical]``, each adding up to 1, for one layer's history."""
 
 class CpuPlanner:
     """A placement compiled for the CPU backend."""

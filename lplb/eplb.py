@@ -2,44 +2,72 @@
 
 `rebalance_experts` gives the placements that https://github.com/deepseek-ai/EPLB gives: heavy experts get
 more slots, greedily; slots are packed on GPUs, heaviest first, greedily. With node-limited routing the groups
-of experts are packed on nodes before that, and every node is then a small case of its own.
+of experts are packed on nodes before that, and every node is then a small case of its own. The work is done by
+``csrc/core/eplb.h``; ``distinct`` placements come from ``csrc/core/eplb_distinct.h``.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from lplb import _C
 from lplb.arguments import whole_number
 
-__all__ = ["rebalance_experts", "spread_copies"]
+__all__ = ["MODES", "rebalance_experts", "spread_copies"]
 
-_Floats = npt.NDArray[np.float32]
+MODES = ("auto", "hierarchical", "global")
+"""What groups and nodes are for, by name; see `rebalance_experts`."""
+
 _Ints = npt.NDArray[np.int64]
 
 _MAX_TOTAL_LOAD = 1e38  # per layer: no float32 sum of loads may reach infinity
+_MOST_SLOTS = 2**31 - 1
+_MOST_THREADS = 1024
 
 
 def rebalance_experts(
-    weight: torch.Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+    weight: torch.Tensor,
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    *,
+    mode: str = "auto",
+    distinct: bool = False,
+    threads: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Place experts by load, with the results of DeepSeek's EPLB.
+    """Place experts by load, with the results of DeepSeek's EPLB or, with ``distinct``, after its idea.
 
-    If ``num_groups`` is a multiple of ``num_nodes``, the hierarchical policy keeps each group of experts on
-    one node; otherwise the global policy looks at neither groups nor nodes. Loads are float32, as there;
-    equal loads, such as those of one expert's copies, go to the lowest index, as in the published code with
-    a stable sort; its default sort may order them otherwise, and then mostly ``log2phy`` differs. The result
-    may hold an expert twice on one GPU; `spread_copies` repairs that.
+    Loads are float32, as there; equal loads, such as those of one expert's copies, go to the lowest index, as in the
+    published code with a stable sort; its default sort may order them otherwise, and then mostly ``log2phy`` differs.
+    The published result may hold an expert twice on one GPU, which a `Placement` refuses; ``distinct`` avoids that.
+
+    ``mode`` says what groups and nodes are for:
+
+    - ``"hierarchical"`` keeps each group of experts on one node; copies of an expert stay there too. Where
+      ``num_nodes`` does not divide ``num_groups``, which the published code does not serve, some nodes get one
+      group more than others.
+    - ``"global"`` looks at neither groups nor nodes.
+    - ``"auto"`` is DeepSeek's rule: hierarchical where ``num_groups`` is a multiple of ``num_nodes``, else global.
+
+    With ``distinct`` an expert gets at most as many copies as there are GPUs (of its node, in the hierarchical mode); a
+    copy goes to the lightest GPU that lacks the expert; then slots are exchanged between the busiest GPU and others of
+    its node while that lowers the maximum. On a GPU slots stand heaviest first. The busiest GPU carries less than the
+    published placement's nearly always; where it carries more, it is by little.
 
     Args:
         weight: load of each expert, for example tokens, ``[layers, n_logical]``: any real dtype but ``bool``,
             on any device; finite, not negative, at most 1e38 in a layer.
         num_replicas: number of slots, ``n_physical`` elsewhere here; at least ``n_logical``, a multiple of
-            ``num_gpus``.
-        num_groups: number of groups that routing knows; divides ``n_logical`` in the hierarchical policy.
-        num_nodes: number of nodes; divides ``num_gpus`` in the hierarchical policy.
+            ``num_gpus``, since every GPU has as many slots.
+        num_groups: number of groups that routing knows; divides ``n_logical`` in the hierarchical mode.
+        num_nodes: number of nodes; divides ``num_gpus`` in the hierarchical mode.
         num_gpus: number of GPUs.
+        mode: ``"auto"``, ``"hierarchical"`` or ``"global"``.
+        distinct: never place an expert twice on one GPU.
+        threads: threads that share the layers; the result does not depend on it. Other Python threads run meanwhile.
 
     Returns:
         ``(phy2log, log2phy, logcnt)``, int64 on the CPU: the expert of each slot ``[layers, num_replicas]``;
@@ -47,39 +75,39 @@ def rebalance_experts(
         ``[layers, n_logical, max(logcnt)]``; the number of slots of each expert ``[layers, n_logical]``.
 
     Raises:
-        TypeError: ``weight`` is not a tensor of a real dtype, or a number is not an int.
-        ValueError: a shape, load or number is not allowed; the message has the value seen and the value
+        TypeError: ``weight`` is not a tensor of a real dtype, a number is not an int, ``mode`` not a str, or
+            ``distinct`` not a bool.
+        ValueError: a shape, load, number or mode is not allowed; the message has the value seen and the value
             allowed.
     """
     loads = _checked_loads(weight, dims=2)
     layers, n_logical = loads.shape
-    num_replicas = whole_number("num_replicas", num_replicas, n_logical)
-    num_groups = whole_number("num_groups", num_groups, 1)
-    num_nodes = whole_number("num_nodes", num_nodes, 1)
-    num_gpus = whole_number("num_gpus", num_gpus, 1)
-    if num_groups % num_nodes:
-        num_groups = num_nodes = 1  # the global policy
-    _check_multiple("n_logical", n_logical, "num_groups", num_groups)
-    _check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus)
-    _check_multiple("num_gpus", num_gpus, "num_nodes", num_nodes)
+    sizes = _checked_sizes(n_logical, num_replicas, num_groups, num_nodes, num_gpus, mode)
+    if not isinstance(distinct, bool):
+        raise TypeError(f"distinct is {distinct!r}, allowed is a bool")
+    if distinct:
+        _check_room_for_distinct(sizes)
+    threads = whole_number("threads", threads, 1, _MOST_THREADS)
 
-    experts = _experts_by_node(loads, num_groups, num_nodes)
-    # From here on every row is one node of one layer, and experts are counted within it.
-    node_loads = np.take_along_axis(loads.numpy(), experts, axis=1).reshape(layers * num_nodes, -1)
-    local, copy, count = _replicate(node_loads, num_replicas // num_nodes)
-    slot_loads = np.take_along_axis(_load_per_copy(node_loads, count), local, axis=1)
-    packed = _pack(slot_loads, num_gpus // num_nodes)
-    local = np.take_along_axis(local, packed, axis=1)
-    copy = np.take_along_axis(copy, packed, axis=1).reshape(layers, num_replicas)
-
-    first_of_node = np.arange(num_nodes)[:, None] * (n_logical // num_nodes)
-    by_node = (local.reshape(layers, num_nodes, -1) + first_of_node).reshape(layers, num_replicas)
-    phy2log = np.take_along_axis(experts, by_node, axis=1)
-    logcnt = np.empty((layers, n_logical), dtype=np.int64)
-    np.put_along_axis(logcnt, experts, count.reshape(layers, n_logical), axis=1)
-    log2phy = np.full((layers, n_logical, logcnt.max()), -1, dtype=np.int64)
-    log2phy[np.arange(layers)[:, None], phy2log, copy] = np.arange(num_replicas)
-    return torch.from_numpy(phy2log), torch.from_numpy(log2phy), torch.from_numpy(logcnt)
+    group_loads = None
+    if 1 < sizes.n_groups != sizes.n_nodes:
+        # torch's own sum: another order of additions could round differently, and so pack differently.
+        group_loads = loads.reshape(layers, sizes.n_groups, n_logical // sizes.n_groups).sum(-1)
+    loads = loads.contiguous()
+    phy2log = torch.empty(layers, sizes.n_slots, dtype=torch.int64, device="cpu")
+    copy = torch.empty(layers, sizes.n_slots, dtype=torch.int32, device="cpu")
+    logcnt = torch.empty(layers, n_logical, dtype=torch.int64, device="cpu")
+    arrays = (
+        loads.data_ptr(),
+        0 if group_loads is None else group_loads.data_ptr(),
+        phy2log.data_ptr(),
+        copy.data_ptr(),
+        logcnt.data_ptr(),
+    )
+    most_copies = _C.eplb_place(sizes, layers, arrays, distinct, threads)
+    log2phy = torch.empty(layers, n_logical, most_copies, dtype=torch.int64, device="cpu")
+    _C.eplb_log2phy(sizes, layers, arrays, most_copies, log2phy.data_ptr(), threads)
+    return phy2log, log2phy, logcnt
 
 
 def spread_copies(phy2log: torch.Tensor, n_ranks: int, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -123,60 +151,57 @@ def spread_copies(phy2log: torch.Tensor, n_ranks: int, weight: torch.Tensor | No
     return torch.from_numpy(rows).reshape(phy2log.shape).to(dtype=phy2log.dtype, device=phy2log.device)
 
 
-def _experts_by_node(loads: torch.Tensor, num_groups: int, num_nodes: int) -> _Ints:
-    """Pack groups on nodes; return each layer's experts node by node, int64 [layers, n_logical]."""
-    layers, n_logical = loads.shape
-    group_size = n_logical // num_groups
-    # torch's own sum: another order of additions could round differently, and so pack differently.
-    group_loads = loads.reshape(layers, num_groups, group_size).sum(-1).numpy()
-    groups = _pack(group_loads, num_nodes)
-    return (groups[:, :, None] * group_size + np.arange(group_size)).reshape(layers, n_logical)
+class _Sizes(NamedTuple):
+    """As `lplb._C` wants them; 1 group and 1 node in the global mode."""
+
+    n_logical: int
+    n_slots: int
+    n_groups: int
+    n_nodes: int
+    n_gpus: int
 
 
-def _replicate(loads: _Floats, n_slots: int) -> tuple[_Ints, _Ints, _Ints]:
-    """Give each expert a slot, then each further slot to the expert with most load per slot.
+def _checked_sizes(
+    n_logical: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, mode: str
+) -> _Sizes:
+    num_replicas = whole_number("num_replicas", num_replicas, n_logical)
+    num_groups = whole_number("num_groups", num_groups, 1)
+    num_nodes = whole_number("num_nodes", num_nodes, 1)
+    num_gpus = whole_number("num_gpus", num_gpus, 1)
+    if not isinstance(mode, str):
+        raise TypeError(f"mode is {mode!r}, allowed is one of {', '.join(map(repr, MODES))}")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, allowed is one of {', '.join(map(repr, MODES))}")
+    if num_replicas > _MOST_SLOTS:
+        raise ValueError(f"num_replicas is {num_replicas}, allowed is at most {_MOST_SLOTS}")
+    if mode == "global" or (mode == "auto" and num_groups % num_nodes):
+        num_groups = num_nodes = 1
+    _check_multiple("n_logical", n_logical, "num_groups", num_groups)
+    _check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus)
+    _check_multiple("num_gpus", num_gpus, "num_nodes", num_nodes)
+    if num_groups < num_nodes:
+        raise ValueError(f"num_groups is {num_groups}, allowed is num_nodes = {num_nodes} or more: every node gets one")
+    most_groups = -(-num_groups // num_nodes)
+    most_experts = most_groups * (n_logical // num_groups)
+    if num_replicas // num_nodes < most_experts:
+        gpus_per_node = num_gpus // num_nodes
+        enough = num_gpus * -(-most_experts // gpus_per_node)
+        raise ValueError(
+            f"num_replicas is {num_replicas}, allowed is {enough} or more: "
+            f"a node with {most_groups} of {num_groups} groups holds {most_experts} experts"
+        )
+    return _Sizes(n_logical, num_replicas, num_groups, num_nodes, num_gpus)
 
-    Returns, for loads [rows, n]: the expert of each slot and which of the expert's copies it is, [rows,
-    n_slots], and the number of copies of each expert, [rows, n].
-    """
-    rows, n = loads.shape
-    expert = np.tile(np.arange(n_slots), (rows, 1))
-    copy = np.zeros((rows, n_slots), dtype=np.int64)
-    count = np.ones((rows, n), dtype=np.int64)
-    row = np.arange(rows)
-    for slot in range(n, n_slots):
-        heaviest = _load_per_copy(loads, count).argmax(axis=1)
-        expert[:, slot] = heaviest
-        copy[:, slot] = count[row, heaviest]
-        count[row, heaviest] += 1
-    return expert, copy, count
 
-
-def _load_per_copy(loads: _Floats, count: _Ints) -> _Floats:
-    # In float32, as torch divides; NumPy alone would take float32 over int64 to float64.
-    per_copy: _Floats = np.divide(loads, count, dtype=np.float32)
-    return per_copy
-
-
-def _pack(loads: _Floats, n_packs: int) -> _Ints:
-    """Pack items into packs of equal number: heaviest first, each into the lightest pack that has room.
-
-    Returns, for loads [rows, items], the items pack by pack, in the order in which they came, [rows, items].
-    """
-    rows, items = loads.shape
-    capacity = items // n_packs
-    if capacity == 1:
-        return np.tile(np.arange(items), (rows, 1))
-    packed = np.empty((rows, items), dtype=np.int64)
-    pack_loads = np.zeros((rows, n_packs), dtype=np.float32)
-    filled = np.zeros((rows, n_packs), dtype=np.int64)
-    row = np.arange(rows)
-    for item in np.argsort(-loads, axis=1, kind="stable").T:
-        pack = np.where(filled < capacity, pack_loads, np.float32(np.inf)).argmin(axis=1)
-        packed[row, pack * capacity + filled[row, pack]] = item
-        pack_loads[row, pack] += loads[row, item]
-        filled[row, pack] += 1
-    return packed
+def _check_room_for_distinct(sizes: _Sizes) -> None:
+    """Refuse more slots on a GPU than there are experts to fill them with."""
+    fewest_experts = sizes.n_groups // sizes.n_nodes * (sizes.n_logical // sizes.n_groups)
+    if sizes.n_slots > fewest_experts * sizes.n_gpus:
+        where = "a node" if sizes.n_nodes > 1 else "all nodes"
+        raise ValueError(
+            f"num_replicas is {sizes.n_slots}, allowed with distinct is at most {fewest_experts * sizes.n_gpus}: "
+            f"each of {sizes.n_gpus} GPUs once each of the {fewest_experts} experts of {where}"
+        )
 
 
 def _spread_row(row: _Ints, n_ranks: int, layer: int, load: npt.NDArray[Any] | None) -> None:
@@ -224,6 +249,9 @@ def _checked_loads(weight: torch.Tensor, dims: int) -> torch.Tensor:
         allowed = "[layers, n_logical]" if dims == 2 else "[n_logical]"
         raise ValueError(f"weight has shape {list(weight.shape)}, allowed is {allowed} and not empty")
     loads = weight.detach().float().cpu()
+    least, most = (bound.item() for bound in loads.aminmax())  # NaN if there is one
+    if least >= 0 and most * loads.shape[-1] <= _MAX_TOTAL_LOAD:
+        return loads
     bad = (~torch.isfinite(loads) | (loads < 0)).nonzero()
     if len(bad):
         index = bad[0].tolist()

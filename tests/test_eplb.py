@@ -1,4 +1,4 @@
-"""EPLB's placements against a naive reading of the algorithm, and the spreading of doubled experts."""
+"""EPLB's placements against a naive reading of the algorithm and one in NumPy, and the spreading of doubled experts."""
 
 from collections import Counter
 
@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reference_eplb import rebalance_reference
 
-from lplb.eplb import rebalance_experts, spread_copies
+from lplb.eplb import MODES, rebalance_experts, spread_copies
 
 # The example of EPLB's README, and the placement printed there.
 README_WEIGHT = [
@@ -23,14 +24,19 @@ README_PHY2LOG = [
 
 
 def naive_pack(loads, n_packs):
-    """Return the items of each pack: heaviest first, to the lightest pack with room, low index on ties."""
-    room = len(loads) // n_packs
-    if room == 1:
+    """Return the items of each pack: heaviest first, to the lightest pack with room, low index on ties.
+
+    Packs take n / n_packs items; what is left of the division goes to whom it comes first, one each.
+    """
+    room, more = divmod(len(loads), n_packs)
+    if (room, more) == (1, 0):
         return [[item] for item in range(len(loads))]
     packs = [[] for _ in range(n_packs)]
     totals = [np.float32(0)] * n_packs
     for item in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
-        best = min((k for k in range(n_packs) if len(packs[k]) < room), key=lambda k: (totals[k], k))
+        larger = sum(len(pack) > room for pack in packs)
+        has_room = [k for k in range(n_packs) if len(packs[k]) < room or (len(packs[k]) == room and larger < more)]
+        best = min(has_room, key=lambda k: (totals[k], k))
         packs[best].append(item)
         totals[best] = totals[best] + loads[item]
     return packs
@@ -49,9 +55,9 @@ def naive_node(loads, n_slots, n_gpus):
     return [slots[s] for gpu in gpus for s in gpu]
 
 
-def naive_layer(weight, num_replicas, num_groups, num_nodes, num_gpus):
+def naive_layer(weight, num_replicas, num_groups, num_nodes, num_gpus, mode="auto"):
     """Return (expert, copy) of each slot of one layer; weight is a list of np.float32."""
-    if num_groups % num_nodes:
+    if mode == "global" or (mode == "auto" and num_groups % num_nodes):
         num_groups = num_nodes = 1
     size = len(weight) // num_groups
     groups = [list(range(g * size, (g + 1) * size)) for g in range(num_groups)]
@@ -65,12 +71,12 @@ def naive_layer(weight, num_replicas, num_groups, num_nodes, num_gpus):
     return placed
 
 
-def assert_naive(weight, sizes):
-    phy2log, log2phy, logcnt = rebalance_experts(weight, *sizes)
+def assert_naive(weight, sizes, mode="auto"):
+    phy2log, log2phy, logcnt = rebalance_experts(weight, *sizes, mode=mode)
     assert phy2log.dtype == log2phy.dtype == logcnt.dtype == torch.int64
     assert log2phy.shape == (*weight.shape, logcnt.max().item())
     for layer, loads in enumerate(weight.float().numpy()):
-        placed = naive_layer(list(loads), *sizes)
+        placed = naive_layer(list(loads), *sizes, mode)
         assert phy2log[layer].tolist() == [e for e, _ in placed]
         expected = np.full(log2phy.shape[1:], -1)
         for slot, (e, copy) in enumerate(placed):
@@ -112,6 +118,121 @@ def cases(draw):
 @example((torch.tensor([[3, 1, 2, 2]]), (4, 2, 2, 4)))
 def test_equals_naive(case):
     assert_naive(*case)
+
+
+BENCHMARKED = [
+    (58, 256, (288, 8, 4, 32)),
+    (58, 256, (320, 8, 8, 64)),
+    (94, 128, (160, 1, 4, 32)),
+]
+OTHERS = [(3, 1024, (1280, 1, 1, 320)), (3, 60, (64, 4, 1, 16)), (3, 96, (160, 12, 2, 10)), (2, 7, (7, 1, 1, 1))]
+
+
+def some_loads(kind, layers, n_logical):
+    rng = np.random.default_rng(11)
+    if kind == "ties":
+        return torch.from_numpy(rng.integers(0, 5, (layers, n_logical)))
+    if kind == "tokens":
+        return torch.from_numpy(rng.poisson(rng.lognormal(5, 1, (layers, n_logical))))
+    return torch.from_numpy(rng.lognormal(0, 2, (layers, n_logical)))
+
+
+@pytest.mark.parametrize(("layers", "n_logical", "sizes"), BENCHMARKED + OTHERS)
+@pytest.mark.parametrize("kind", ["ties", "tokens", "lognormal"])
+def test_equals_numpy_bit_for_bit(layers, n_logical, sizes, kind):
+    weight = some_loads(kind, layers, n_logical)
+    expected = rebalance_reference(weight, *sizes)
+    for threads in (1, 2, 7):
+        for mine, theirs in zip(rebalance_experts(weight, *sizes, threads=threads), expected, strict=True):
+            assert mine.tolist() == theirs.tolist()
+
+
+def test_negative_zero_is_zero():
+    weight = torch.tensor([[-0.0, 0.0, -0.0, 0.0, 1.0, -0.0]])
+    mine, theirs = (rebalance_experts(w, 8, 3, 1, 2) for w in (weight, weight.abs()))
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("stride", ["transposed", "every other"])
+def test_any_strides(stride):
+    weight = some_loads("lognormal", 24, 24).float()
+    view = weight.T if stride == "transposed" else weight[:, ::2]
+    assert not view.is_contiguous()
+    expected = rebalance_reference(view, 24, 6, 2, 4)
+    for mine, theirs in zip(rebalance_experts(view, 24, 6, 2, 4), expected, strict=True):
+        assert mine.tolist() == theirs.tolist()
+
+
+@st.composite
+def uneven_cases(draw):
+    """Draw weights and sizes where some nodes get a group more than others."""
+    num_nodes = draw(st.integers(2, 4))
+    num_groups = num_nodes * draw(st.integers(1, 2)) + draw(st.integers(0, num_nodes - 1))
+    group_size = draw(st.integers(1, 3))
+    gpus_per_node = draw(st.integers(1, 3))
+    most_experts = -(-num_groups // num_nodes) * group_size
+    slots_per_gpu = -(-most_experts // gpus_per_node) + draw(st.integers(0, 2))
+    n_logical = num_groups * group_size
+    load = draw(st.sampled_from([st.integers(0, 3), st.integers(0, 10**7)]))
+    weight = torch.tensor([draw(st.lists(load, min_size=n_logical, max_size=n_logical))])
+    num_gpus = num_nodes * gpus_per_node
+    return weight, (num_gpus * slots_per_gpu, num_groups, num_nodes, num_gpus)
+
+
+@settings(deadline=None)
+@given(uneven_cases())
+def test_hierarchical_with_uneven_nodes(case):
+    weight, sizes = case
+    assert_naive(weight, sizes, "hierarchical")
+    n_logical = weight.shape[1]
+    _, num_groups, num_nodes, _ = sizes
+    row = rebalance_experts(weight, *sizes, mode="hierarchical")[0].view(num_nodes, -1)
+    groups = [set((node // (n_logical // num_groups)).tolist()) for node in row]
+    assert sorted(g for node in groups for g in node) == list(range(num_groups))  # each on one node
+    assert {len(node) for node in groups} <= {num_groups // num_nodes, -(-num_groups // num_nodes)}
+
+
+def test_modes():
+    weight = torch.tensor(README_WEIGHT)
+    in_groups = rebalance_experts(weight, 16, 4, 2, 8)
+    at_large = rebalance_experts(weight, 16, 1, 1, 8)
+    assert not torch.equal(in_groups[0], at_large[0])
+    for mode, expected in zip(MODES, (in_groups, in_groups, at_large), strict=True):
+        for mine, theirs in zip(rebalance_experts(weight, 16, 4, 2, 8, mode=mode), expected, strict=True):
+            assert torch.equal(mine, theirs)
+    # 3 nodes for 4 groups: DeepSeek's rule looks at neither.
+    assert torch.equal(rebalance_experts(weight, 24, 4, 3, 12)[0], rebalance_experts(weight, 24, 1, 1, 12)[0])
+    by_node = rebalance_experts(weight, 24, 4, 3, 12, mode="hierarchical")[0].view(2, 3, 8)
+    assert all(len(set((node // 3).tolist())) <= 2 for layer in by_node for node in layer)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mode": "local"}, ValueError, "mode is 'local', allowed is one of 'auto', 'hierarchical', 'global'"),
+        ({"mode": None}, TypeError, "mode is None, allowed is one of 'auto', 'hierarchical', 'global'"),
+        ({"distinct": 1}, TypeError, "distinct is 1, allowed is a bool"),
+        ({"threads": 0}, ValueError, "threads is 0, allowed is 1 to 1024"),
+        ({"threads": 2.0}, TypeError, "threads is 2.0, allowed is an int"),
+        ({"num_nodes": 3, "num_gpus": 8, "mode": "hierarchical"}, ValueError, "num_gpus is 8.*num_nodes = 3"),
+        ({"num_groups": 5, "mode": "hierarchical"}, ValueError, "n_logical is 12.*num_groups = 5"),
+        (
+            {"num_groups": 3, "num_nodes": 4, "mode": "hierarchical"},
+            ValueError,
+            "num_groups is 3, allowed is num_nodes = 4 or more",
+        ),
+        (
+            {"num_groups": 3, "num_replicas": 14, "num_gpus": 2, "mode": "hierarchical"},
+            ValueError,
+            "num_replicas is 14, allowed is 16 or more: a node with 2 of 3 groups holds 8 experts",
+        ),
+        ({"num_replicas": 2**31}, ValueError, "num_replicas is 2147483648, allowed is at most 2147483647"),
+    ],
+)
+def test_options(options, error, message):
+    sizes = dict(zip(("num_replicas", "num_groups", "num_nodes", "num_gpus"), README_SIZES, strict=True))
+    with pytest.raises(error, match=message):
+        rebalance_experts(torch.tensor(README_WEIGHT), **{**sizes, **options})
 
 
 @pytest.mark.parametrize(

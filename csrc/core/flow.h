@@ -344,9 +344,11 @@ LPLB_HD inline double speed_of(Warp& warp, const AnyGroup& g, RankSet<kWords> se
 
 }  // namespace flow
 
-// Leaves the optimal fractional split, scaled by mean (tokens per unit of speed), in y.
+// Leaves the optimal fractional split, scaled by mean (tokens per unit of speed), in y. tightest, if not null: the last
+// set whose load(A) / v(A) was met; as it was, where the start needed none.
 template <int kWords, class Warp, class AnyGroup>
-LPLB_HD inline FlowOutcome bottleneck_flow(Warp& warp, const AnyGroup& g, const Workspace& x, double mean) {
+LPLB_HD inline FlowOutcome bottleneck_flow(Warp& warp, const AnyGroup& g, const Workspace& x, double mean,
+                                           RankSet<kWords>* tightest = nullptr) {
   Flow<double, kWords, Warp, AnyGroup> f{warp,   g,       x.y,     x.rank_load,  x.rank_limit, x.reach, x.level,
                                          x.path, x.giver, x.taker, flow::kSlack, {},           {}};
   const double busiest = warp.few_maxima(g.n_ranks, [&](int r) { return x.a[r] / g.speed[r]; })[0];
@@ -368,6 +370,7 @@ LPLB_HD inline FlowOutcome bottleneck_flow(Warp& warp, const AnyGroup& g, const 
     const double next = static_cast<double>(flow::tokens_of(warp, g, x, set)) / (speed * mean);
     if (!(next > t)) break;  // what is left is rounding: `set` is tight at this t
     t = next;
+    if (tightest != nullptr) *tightest = set;
     warp.each(g.n_ranks, [&](int r) { f.limit[r] = t * g.speed[r]; });
     warp.sync();
   }

@@ -2,40 +2,54 @@
 
 #include <cmath>
 
+#include "../core/construct.h"
+#include "../core/likely_loads.h"
+
 namespace lplb::cpu {
+
+using placing::Case;
+using placing::kSamples;
+using placing::kScenarios;
+using placing::Recipe;
 
 namespace {
 
 constexpr int kAlign = 64;
 constexpr int kFixedPointBits = 50;  // of a sum of loads: whole numbers that doubles and their sums hold exactly
 
+// The race of candidates: after so many scenarios so many are left, the best.
+struct Heat {
+  int scenarios;
+  size_t left;
+};
+constexpr Heat kHeats[] = {{24, 6}, {80, 3}, {kScenarios, 1}};
+constexpr double kOne = 1099511627776.0;      // 2^40: tokens of a scenario, in fixed point
+constexpr double kStressWeight = 1.0 / 1024;  // decides where all likely loads can be levelled out
+constexpr double kSpreads = 2.0;              // standard deviations above its mean that an expert is packed with
+
 }  // namespace
 
-Scorer::Scorer(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size)
-    // The flow solver wants no matrix: no width.
-    : groups_(phy2log, n_logical, n_ranks, group_size, std::vector<double>(n_ranks, 1.0), group_size),
-      isa_(best_instruction_set()),
-      workspaces_(groups_.size()) {
-  size_t bytes = 0;
-  for (int g = 0; g < groups_.size(); ++g) bytes = std::max(bytes, solve_bytes(groups_[g]));
-  memory_.reset(new std::byte[bytes + kAlign]);
-  std::byte* base = memory_.get() + (kAlign - reinterpret_cast<uintptr_t>(memory_.get()) % kAlign) % kAlign;
-  for (int g = 0; g < groups_.size(); ++g) carve(groups_[g], base, workspaces_[g]);
+Workspace Scratch::workspace(const Group& g) {
+  Workspace x{};
+  const size_t bytes = solve_bytes(g) + kAlign;
+  if (bytes > size_) memory_.reset(new std::byte[size_ = bytes]);
+  carve(g, memory_.get() + (kAlign - reinterpret_cast<uintptr_t>(memory_.get()) % kAlign) % kAlign, x);
+  return x;
 }
 
-void Scorer::optima(const int64_t* loads, double* out) const {
-  for (int g = 0; g < groups_.size(); ++g) out[g] = isa_.find_optimum(groups_[g], workspaces_[g], loads);
+Scorer::Scorer(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size)
+    : groups_(phy2log, n_logical, n_ranks, group_size, std::vector<double>(n_ranks, 1.0), group_size),
+      isa_(best_instruction_set()) {}
+
+double Scorer::optimum(int group, const int64_t* loads, Scratch& scratch) const {
+  return isa_.find_optimum(groups_[group], scratch.workspace(groups_[group]), loads);
 }
 
 double to_fixed_point(const double* loads, int n, int64_t* out) {
   double sum = 0.0;
   for (int e = 0; e < n; ++e) sum += loads[e];
-  if (!(sum > 0.0)) {
-    for (int e = 0; e < n; ++e) out[e] = 0;
-    return 1.0;
-  }
-  int exponent;  // sum < 2^exponent
-  std::frexp(sum, &exponent);
+  int exponent = kFixedPointBits;  // sum < 2^exponent
+  if (sum > 0.0) std::frexp(sum, &exponent);
   const double scale = std::ldexp(1.0, kFixedPointBits - exponent);
   for (int e = 0; e < n; ++e) out[e] = std::llrint(loads[e] * scale);
   return scale;
@@ -43,19 +57,215 @@ double to_fixed_point(const double* loads, int n, int64_t* out) {
 
 void placement_optima(const int32_t* phy2log, int n_physical, int n_logical, int n_ranks, int group_size,
                       const double* loads, int64_t batch, double* out, int threads) {
-  const std::vector<int32_t> experts(phy2log, phy2log + n_physical);
+  const Scorer scorer({phy2log, phy2log + n_physical}, n_logical, n_ranks, group_size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Scorer scorer(experts, n_logical, n_ranks, group_size);
+    Scratch scratch;
     std::vector<int64_t> fixed(n_logical);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < batch; ++b) {
-      double* t = out + b * scorer.n_groups();
       const double scale = to_fixed_point(loads + b * n_logical, n_logical, fixed.data());
-      scorer.optima(fixed.data(), t);
-      for (int g = 0; g < scorer.n_groups(); ++g) t[g] /= scale;
+      for (int g = 0; g < scorer.n_groups(); ++g)
+        out[b * scorer.n_groups() + g] = scorer.optimum(g, fixed.data(), scratch) / scale;
     }
   }
+}
+
+namespace {
+
+// The largest rank load when every expert's load is dealt out evenly over its copies.
+double even_split(const std::vector<int32_t>& phy2log, const std::vector<double>& per_copy, int n_ranks,
+                  const int64_t* loads) {
+  const size_t slots = phy2log.size() / n_ranks;
+  double most = 0.0;
+  for (size_t p = 0; p < phy2log.size(); p += slots) {
+    double load = 0.0;
+    for (size_t i = p; i < p + slots; ++i) load += per_copy[phy2log[i]] * static_cast<double>(loads[phy2log[i]]);
+    most = std::max(most, load);
+  }
+  return most;
+}
+
+// How a placement does on one scenario after the other: the busiest rank of the LP's best split, and of an even split
+// where that counts.
+struct Costs {
+  std::vector<double> lp, even;
+
+  // Of two sets of ranks together.
+  void join(const Costs& other) {
+    for (size_t s = 0; s < lp.size(); ++s) lp[s] = std::max(lp[s], other.lp[s]);
+    for (size_t s = 0; s < even.size(); ++s) even[s] = std::max(even[s], other.even[s]);
+  }
+  double sum() const {
+    double sum = 0.0;
+    for (size_t s = 0; s < lp.size(); ++s)
+      sum += (placing::is_stress(s) ? kStressWeight : 1.0) * (lp[s] + (even.empty() ? 0.0 : even[s]));
+    return sum;
+  }
+};
+
+// A placement of some experts on some ranks in a race.
+class Candidate {
+ public:
+  Candidate(const Recipe& recipe, std::vector<int32_t> slots, int n_experts, int n_ranks, int group_size, bool even)
+      : recipe_(recipe),
+        slots_(std::move(slots)),
+        n_experts_(n_experts),
+        n_ranks_(n_ranks),
+        scorer_(slots_, n_experts, n_ranks, group_size) {
+    if (!even) return;
+    per_copy_.assign(n_experts, 0.0);
+    for (const int32_t e : slots_) per_copy_[e] += 1.0;
+    for (double& n : per_copy_) n = 1.0 / n;
+  }
+
+  // loads [kScenarios, n_experts]. Goes on to `end` scenarios.
+  void run(const int64_t* loads, int end, Scratch& scratch) {
+    for (size_t s = costs_.lp.size(); s < static_cast<size_t>(end); ++s) {
+      const int64_t* load = loads + s * n_experts_;
+      double most = 0.0;
+      for (int g = 0; g < scorer_.n_groups(); ++g) most = std::max(most, scorer_.optimum(g, load, scratch));
+      costs_.lp.push_back(most);
+      if (!per_copy_.empty()) costs_.even.push_back(even_split(slots_, per_copy_, n_ranks_, load));
+    }
+    sum_ = costs_.sum();
+  }
+  double sum() const { return sum_; }
+  const Costs& costs() const { return costs_; }
+  const Recipe& recipe() const { return recipe_; }
+  const std::vector<int32_t>& slots() const { return slots_; }
+
+ private:
+  Recipe recipe_;
+  std::vector<int32_t> slots_;
+  int n_experts_, n_ranks_;
+  Scorer scorer_;
+  std::vector<double> per_copy_;  // 1 / copies, where even splits count
+  Costs costs_;
+  double sum_ = 0.0;
+};
+
+std::vector<Recipe> recipes_for(const Case& c, bool even) {
+  std::vector<Recipe> recipes;
+  const int redundant = c.n_ranks * c.slots_per_rank - c.n_experts;
+  if (even) {
+    for (const int quarters : {4, 5})
+      for (const double share : {0.5, 1.0}) recipes.push_back({0, quarters, 0, share, false, false});
+    return recipes;
+  }
+  for (const int quarters : {4, 5, 6}) recipes.push_back({0, quarters, 0, 0.5, false, false});
+  // Hubs take up to 0.8 of the redundant slots, and an eighth of the ranks.
+  const int usual = std::min((8 * redundant + 5 * c.slots_per_rank) / (10 * c.slots_per_rank), c.n_ranks / 8);
+  for (int hubs = std::max(1, usual - 1); hubs <= usual + 1; ++hubs) {
+    if (hubs * c.slots_per_rank > 2 * redundant || 2 * hubs > c.n_ranks) continue;
+    for (const int quarters : {4, 5, 6})
+      for (const int hub_copies : {1, 2}) recipes.push_back({hubs, quarters, hub_copies, 0.5, false, false});
+  }
+  return recipes;
+}
+
+// Builds by every recipe and returns the best. Loads that come together matter for packing alone: the best recipes are
+// built a second time, with samples.
+Candidate best_of(const Case& c, const int64_t* loads, bool even, Scratch& scratch) {
+  std::vector<Candidate> field;
+  const auto enter = [&](const Recipe& recipe) {
+    placing::Construction made(c, recipe);
+    if (made.build()) field.emplace_back(recipe, made.slots(), c.n_experts, c.n_ranks, c.n_ranks, even);
+  };
+  const auto run = [&](const Heat& heat) {
+    for (Candidate& candidate : field) candidate.run(loads, heat.scenarios, scratch);
+    std::stable_sort(field.begin(), field.end(),
+                     [](const Candidate& a, const Candidate& b) { return a.sum() < b.sum(); });
+    while (field.size() > heat.left) field.pop_back();
+  };
+  for (const Recipe& recipe : recipes_for(c, even)) enter(recipe);
+  if (field.empty()) enter({0, 4, 0, 0.5, true, false});
+  run(kHeats[0]);
+  if (c.n_samples > 0)
+    for (size_t i = 0, n = field.size(); i < n; ++i) {
+      Recipe recipe = field[i].recipe();
+      recipe.by_samples = true;
+      enter(recipe);
+    }
+  run(kHeats[1]);
+  run(kHeats[2]);
+  return std::move(field.front());
+}
+
+// What all layers share.
+struct Deviations {
+  std::vector<float> scenarios, samples;
+  explicit Deviations(int n_logical)
+      : scenarios(placing::deviations(kScenarios, n_logical, 0)),
+        samples(placing::deviations(kSamples, n_logical, 1)) {}
+};
+
+void place_layer(const Geometry& m, const placing::Outlook& outlook, const Deviations& z, int32_t* phy2log,
+                 Scratch& scratch) {
+  const int n_ranks = m.n_ranks / m.n_parts, n_slots = m.n_physical / m.n_parts;
+  const size_t n_logical = m.n_logical;
+  std::vector<int64_t> scenarios(kScenarios * n_logical);
+  outlook.draw(kScenarios, z.scenarios, true, [&](size_t s, const double* loads) {
+    for (size_t e = 0; e < n_logical; ++e) scenarios[s * n_logical + e] = static_cast<int64_t>(loads[e] * kOne);
+  });
+  std::vector<float> samples(n_logical * kSamples);
+  if (outlook.batches() > 1)
+    outlook.draw(kSamples, z.samples, false, [&](size_t s, const double* loads) {
+      for (size_t e = 0; e < n_logical; ++e) samples[e * kSamples + s] = static_cast<float>(loads[e] * m.n_ranks);
+    });
+
+  std::vector<int32_t> placed;
+  Costs costs;
+  for (int p = 0; p < m.n_parts; ++p) {
+    std::vector<int32_t> experts(phy2log + p * n_slots, phy2log + (p + 1) * n_slots);
+    std::sort(experts.begin(), experts.end());
+    experts.erase(std::unique(experts.begin(), experts.end()), experts.end());
+    const int n = static_cast<int>(experts.size());
+    std::vector<double> mean, size;
+    std::vector<int64_t> loads;
+    std::vector<float> own;
+    for (const int32_t e : experts) {
+      mean.push_back(outlook.mean()[e] * m.n_ranks);
+      size.push_back((outlook.mean()[e] + kSpreads * outlook.spread()[e]) * m.n_ranks);
+      own.insert(own.end(), &samples[e * size_t{kSamples}], &samples[(e + 1) * size_t{kSamples}]);
+    }
+    for (int s = 0; s < kScenarios; ++s)
+      for (const int32_t e : experts) loads.push_back(scenarios[s * n_logical + e]);
+    const Case c{n,         n_ranks, n_slots / n_ranks, mean.data(), size.data(), outlook.batches() > 1 ? kSamples : 0,
+                 own.data()};
+    const Candidate best = best_of(c, loads.data(), m.even, scratch);
+    for (const int32_t e : best.slots()) placed.push_back(experts[e]);
+    if (p == 0)
+      costs = best.costs();
+    else
+      costs.join(best.costs());
+  }
+  Candidate given({}, {phy2log, phy2log + m.n_physical}, m.n_logical, m.n_ranks, n_ranks, m.even);
+  given.run(scenarios.data(), kScenarios, scratch);
+  if (costs.sum() <= given.sum()) std::copy(placed.begin(), placed.end(), phy2log);
+}
+
+}  // namespace
+
+void place_for_lp(const Geometry& m, const double* history, int64_t layers, int64_t batches, int32_t* phy2log,
+                  int threads) {
+  const Deviations z(m.n_logical);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Scratch scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const placing::Outlook outlook(history + layer * batches * m.n_logical, batches, m.n_logical);
+      place_layer(m, outlook, z, phy2log + layer * m.n_physical, scratch);
+    }
+  }
+}
+
+void likely_loads(const double* history, int64_t batches, int n_logical, double* out) {
+  placing::Outlook(history, batches, n_logical)
+      .draw(kScenarios, Deviations(n_logical).scenarios, true, [&](size_t s, const double* loads) {
+        if (!placing::is_stress(s)) out = std::copy(loads, loads + n_logical, out);
+      });
 }
 
 }  // namespace lplb::cpu
