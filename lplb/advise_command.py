@@ -119,15 +119,17 @@ def _options_table(found: Study) -> Table:
     """For each asked size a section, for each redundancy a row: the fastest even split and the fastest LP."""
     from rich.table import Table
 
-    shown = Table(title="A layer's modelled time; times of the LP include the planner's, which is assumed")
-    shown.add_column("tokens per rank, redundant slots")
-    for name in ("memory\nper rank", "even splits,\npolicy", "\nimbalance", "\ntime", "LP,\npolicy"):
+    shown = Table(
+        title="A layer's modelled time; the LP's with its planner's, which is assumed. Saved: of the time of doing nothing"
+    )
+    shown.add_column("tokens, redundant\nslots per rank", no_wrap=True)
+    for name in ("memory\nper rank", "even split:\npolicy", "\nimbalance", "\ntime", "LP:\npolicy"):
         shown.add_column(name, justify="left" if name.endswith("policy") else "right")
-    for name in ("\nimbalance", "\ntime", "saved to\nnothing done"):
+    for name in ("\nimbalance", "\ntime", "\nsaved"):
         shown.add_column(name, justify="right")
     for size in found.asked:
         i, advised = found.sizes.index(size), found.advice(size)
-        shown.add_row(f"[bold]{size:,} tokens per rank[/bold]", style="bold")
+        shown.add_row(f"{size:,} tokens", style="bold")
         for level in found.levels():
             cells, fastest = [], float("inf")
             for split in ("even", "lp"):
@@ -140,7 +142,7 @@ def _options_table(found: Study) -> Table:
                 mark = "[bold green]{}[/bold green]" if option is advised.option else "{}"
                 cells += [mark.format(t) for t in (option.policy, f"{option.imbalance[i]:.2f}", in_words(seconds))]
             saved = f"{1 - fastest / advised.nothing:.1%}"
-            shown.add_row(f"  {level}", f"{found.memory(level):.1f} GiB", *cells, saved)
+            shown.add_row(f"  {level} slots", f"{found.memory(level):.1f} GiB", *cells, saved)
         shown.add_section()
     return shown
 
