@@ -120,7 +120,7 @@ def _options_table(found: Study) -> Table:
     from rich.table import Table
 
     shown = Table(
-        title="A layer's modelled time; the LP's with its planner's, which is assumed. Saved: of the time of doing nothing"
+        title="A layer's modelled time; the LP's with the assumed planner's. Saved: of the time of doing nothing"
     )
     shown.add_column("tokens, redundant\nslots per rank", no_wrap=True)
     for name in ("memory\nper rank", "even split:\npolicy", "\nimbalance", "\ntime", "LP:\npolicy"):
@@ -142,7 +142,7 @@ def _options_table(found: Study) -> Table:
                 mark = "[bold green]{}[/bold green]" if option is advised.option else "{}"
                 cells += [mark.format(t) for t in (option.policy, f"{option.imbalance[i]:.2f}", in_words(seconds))]
             saved = f"{1 - fastest / advised.nothing:.1%}"
-            shown.add_row(f"  {level} slots", f"{found.memory(level):.1f} GiB", *cells, saved)
+            shown.add_row(f"  {level}", f"{found.memory(level):.1f} GiB", *cells, saved)
         shown.add_section()
     return shown
 
