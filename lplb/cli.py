@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lplb import __version__, simulate_command
+from lplb import __version__, advise_command, simulate_command
 
 __all__ = ["main"]
 
@@ -27,13 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lplb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_demo(commands.add_parser("demo", help="replay the recorded router trace on simulated ranks, on the CPU"))
+    advise_command.add_arguments(
+        commands.add_parser("advise", help="what pays: redundant slots, a policy, an LP, and from what batch size")
+    )
     simulate_command.add_arguments(
         commands.add_parser("simulate", help="loads through policies and splits: what balances them, and what it costs")
     )
-    _add_env(commands.add_parser("env", help="versions, devices, what this build can do, and what is missing"))
     _add_place(commands.add_parser("place", help="make placements from a file of loads, and say what they are worth"))
     _add_diff(commands.add_parser("diff", help="what has to move from one file of placements to another"))
     _add_show(commands.add_parser("show", help="a placement in the terminal, or as a picture"))
+    _add_env(commands.add_parser("env", help="versions, devices, what this build can do, and what is missing"))
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

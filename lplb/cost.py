@@ -13,7 +13,8 @@
   LPLB's figure, and an assumption.
 
 Not in it: the latency of kernels and links (the same for every plan), reading and writing activations, shared experts
-and attention, overlap of the parts, and where tokens come from: a split that keeps tokens at home is better than this.
+and attention, overlap of the parts, and where tokens come from: a split that keeps tokens at home, or a router that
+picks few nodes for each token, is better than this.
 """
 
 from dataclasses import dataclass, fields
@@ -45,8 +46,9 @@ lplb, without the exchange. Nothing of lplb has been measured on a GPU."""
 EXCHANGES = ("direct", "by_node")
 """How tokens travel between nodes: every choice by itself, or once to each node."""
 
-TILE = 128
-"""Tokens of an expert are multiplied in tiles of as many: DeepGEMM's block of M for contiguous grouped GEMMs."""
+TILES = {"direct": 64, "by_node": 128}
+"""Tokens of an expert are multiplied in tiles of as many, by exchange: 64 is the M of Hopper's wgmma (PTX ISA), the
+least block of kernels for few tokens; 128 is what DeepGEMM aligns experts to in its contiguous layout, for many."""
 
 _Floats = npt.NDArray[np.float64]
 _Loads = torch.Tensor | npt.NDArray[Any]
@@ -138,8 +140,8 @@ class LayerParts(NamedTuple):
     """Results back."""
     planner: _Floats
     """What the caller gave, everywhere."""
-    weights: _Floats
-    """Not a part of the sum: what the slowest rank spends on slots whose weights take longer than their tokens."""
+    floor: _Floats
+    """Not added: what of ``experts`` the slots in use cost however few tokens they have, for weights or one tile."""
 
 
 def layer_time(
@@ -151,7 +153,7 @@ def layer_time(
     ranks_per_node: SupportsIndex | None = None,
     exchange: str = "by_node",
     planner_seconds: float = 0.0,
-    tile: SupportsIndex = TILE,
+    tile: SupportsIndex | None = None,
 ) -> _Floats:
     """Model the time of one layer's experts, in seconds; see the module for what is in it.
 
@@ -166,7 +168,7 @@ def layer_time(
             there are fewer.
         exchange: how tokens travel between nodes, ``"direct"`` or ``"by_node"``.
         planner_seconds: the planner's own time, in every layer.
-        tile: tokens of a slot are rounded up to multiples of it.
+        tile: tokens of a slot are rounded up to multiples of it; by default `TILES` of the exchange.
 
     Returns:
         Seconds, float64 ``[...]``.
@@ -198,7 +200,7 @@ def layer_parts(
     ranks_per_node: SupportsIndex | None = None,
     exchange: str = "by_node",
     planner_seconds: float = 0.0,
-    tile: SupportsIndex = TILE,
+    tile: SupportsIndex | None = None,
 ) -> LayerParts:
     """Return what `layer_time` adds up. Arguments and errors are its own."""
     ranks = whole_number("n_ranks", n_ranks, 1)
@@ -215,7 +217,8 @@ def layer_parts(
     if not 0 <= planner_seconds < float("inf"):
         raise ValueError(f"planner_seconds is {planner_seconds}, allowed is 0 or more")
 
-    experts, weights = _experts(loads, model, hardware, whole_number("tile", tile, 1))
+    tile = TILES[exchange] if tile is None else whole_number("tile", tile, 1)
+    experts, floor = _experts(loads, model, hardware, tile)
     over_nvlink, over_rdma = _arrivals(loads.sum(-1), node, model.top_k, exchange)
     per_element = np.maximum(
         over_nvlink.max(-1) / hardware.nvlink_bandwidth, over_rdma.max(-1) / hardware.rdma_bandwidth
@@ -225,7 +228,7 @@ def layer_parts(
         per_element * model.dispatch_bytes,
         per_element * model.combine_bytes,
         np.full(experts.shape, float(planner_seconds)),
-        weights,
+        floor,
     )
 
 
@@ -245,19 +248,18 @@ def _checked_tokens(tokens: object, n_ranks: int) -> _Floats:
     odd = ~((loads >= 0) & (loads < np.inf))  # true for NaN as well
     if odd.any():
         raise ValueError(f"tokens has {loads[odd][0]}, allowed is 0 or more")
-    return loads.reshape(*given.shape[:-1], n_ranks, -1)
+    return loads.reshape(*given.shape[:-1], n_ranks, given.shape[-1] // n_ranks)
 
 
 def _experts(loads: _Floats, model: ModelShape, hardware: Hardware, tile: int) -> tuple[_Floats, _Floats]:
-    """Seconds of the slowest rank, and those of them in which it waits for weights; each ``[...]``."""
+    """Seconds of the slowest rank, and what its slots in use cost at least; each ``[...]``."""
     reading = model.expert_bytes / (hardware.memory_bandwidth * hardware.efficiency)
     per_tile = tile * model.flops_per_token / (hardware.flops(model.precision) * hardware.efficiency)
-    multiplying = np.ceil(loads / tile) * per_tile
     used = loads > 0
-    rank = np.where(used, np.maximum(reading, multiplying), 0.0).sum(-1)
-    waiting = np.where(used & (reading > multiplying), reading, 0.0).sum(-1)
+    rank = np.where(used, np.maximum(reading, np.ceil(loads / tile) * per_tile), 0.0).sum(-1)
     slowest = rank.argmax(-1)[..., None]
-    return np.take_along_axis(rank, slowest, -1)[..., 0], np.take_along_axis(waiting, slowest, -1)[..., 0]
+    floor = np.take_along_axis(used.sum(-1), slowest, -1)[..., 0] * max(reading, per_tile)
+    return np.take_along_axis(rank, slowest, -1)[..., 0], floor
 
 
 def _arrivals(rank_load: _Floats, node: int, top_k: int, exchange: str) -> tuple[_Floats, _Floats]:
@@ -269,7 +271,7 @@ def _arrivals(rank_load: _Floats, node: int, top_k: int, exchange: str) -> tuple
     near, far = (node - 1) / n_ranks, (n_ranks - node) / n_ranks
     if exchange == "direct":
         return rank_load * near, rank_load * far
-    node_load = rank_load.reshape(*rank_load.shape[:-1], -1, node).sum(-1)
+    node_load = rank_load.reshape(*rank_load.shape[:-1], n_ranks // node, node).sum(-1)
     # What another node sends arrives on one of the node's cards, all used alike, and goes on over NVLink.
     passed_on = (n_ranks - 1) / n_ranks
     return _once(rank_load, top_k) * passed_on, _once(node_load, top_k) * far / node

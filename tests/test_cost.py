@@ -63,7 +63,7 @@ def test_by_hand():
     assert parts.dispatch == pytest.approx(2.25)
     assert parts.combine == pytest.approx(4.5)
     assert parts.planner == 0.25
-    assert parts.weights == pytest.approx(1.0)  # the slot of four tokens waits for its weights, the other does not
+    assert parts.floor == pytest.approx(2.0)  # with one token each the two slots would take 1 s each
     assert time_of([4, 41, 1, 1], 2, planner_seconds=0.25) == pytest.approx(12.4)
 
 
@@ -138,6 +138,8 @@ def test_batches_of_any_shape_and_kind():
         alone = layer_time(tokens[index].astype(np.float32), 8, MODELS["kimi-k2"], HARDWARE["b200"])
         assert alone.shape == ()
         assert alone == together[index]
+    for exchange in EXCHANGES:
+        assert layer_time(tokens[:, :0], 8, MODELS["kimi-k2"], HARDWARE["b200"], exchange=exchange).shape == (2, 0)
     as_quota = layer_time(torch.from_numpy(tokens).int(), 8, MODELS["kimi-k2"], HARDWARE["b200"])
     assert np.array_equal(as_quota, together)
 
