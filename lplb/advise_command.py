@@ -117,16 +117,22 @@ def show(found: Study, console: Console) -> None:
 
 def _options_table(found: Study) -> Table:
     """For each asked size a section, for each redundancy a row: the fastest even split and the fastest LP."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     shown = Table(
-        title="A layer's modelled time; the LP's with the assumed planner's. Saved: of the time of doing nothing"
+        title="A layer's modelled time; the LP's with the assumed planner's.\nSaved: of the time of doing nothing.",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
     )
-    shown.add_column("tokens, redundant\nslots per rank", no_wrap=True)
-    for name in ("memory\nper rank", "even split:\npolicy", "\nimbalance", "\ntime", "LP:\npolicy"):
-        shown.add_column(name, justify="left" if name.endswith("policy") else "right")
-    for name in ("\nimbalance", "\ntime", "\nsaved"):
-        shown.add_column(name, justify="right")
+    shown.add_column("redundant\nslots a rank", no_wrap=True)
+    shown.add_column("memory\na rank", justify="right", no_wrap=True)
+    for split in ("even:", "LP:"):
+        shown.add_column(f"{split}\npolicy")
+        for name in ("imbal.", "time"):
+            shown.add_column(f"\n{name}", justify="right", no_wrap=True)
+    shown.add_column("\nsaved", justify="right", no_wrap=True)
     for size in found.asked:
         i, advised = found.sizes.index(size), found.advice(size)
         shown.add_row(f"{size:,} tokens", style="bold")
@@ -149,10 +155,16 @@ def _options_table(found: Study) -> Table:
 
 def _crossover_table(found: Study) -> Table:
     """From what size the LP pays: redundancies by hardware and planner's time."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table(title="The LP pays from so many tokens per rank on, if its planner takes so long (assumed)")
-    shown.add_column("redundant\nslots")
+    shown = Table(
+        title="The LP pays from so many tokens per rank on,\nif its planner takes so long (assumed).",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+    )
+    shown.add_column("redundant\nslots", no_wrap=True)
     names = list(found.options[0].seconds)
     for name in names:
         for factor in FACTORS:
