@@ -181,4 +181,6 @@ def _missing() -> Iterator[str]:
             "https://github.com/deepseek-ai/DeepEP"
         )
     if not (_package("rich") and _package("matplotlib")):
-        yield 'lplb demo needs rich and matplotlib: pip install "lplb[demo]"'
+        yield 'the commands beside env need rich, pictures matplotlib: pip install "lplb[demo]"'
+    if not _package("plotly"):
+        yield 'the report of lplb simulate needs plotly: pip install "lplb[report]"'

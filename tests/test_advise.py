@@ -11,13 +11,14 @@ import pytest
 import torch
 from test_cost import slow_seconds
 
-from lplb import Placement, Planner, cli, profiles, scenes
-from lplb.advise import MOST_DIRECT, SIZES, generated, loads_by_name, recorded, study
-from lplb.advise_command import late_progress
+from lplb import Placement, Planner, cli, scenes
+from lplb.advise import profiles
+from lplb.advise.choices import MOST_DIRECT, SIZES, generated, loads_by_name, recorded, study
+from lplb.advise.worth import FACTORS, WORTH, Study, pays_at
+from lplb.commands.advise import late_progress
 from lplb.cost import HARDWARE
 from lplb.models import MODELS, ModelShape
 from lplb.policies import place
-from lplb.worth import FACTORS, WORTH, Study, pays_at
 
 SMALL = ModelShape("small", 32, 4, 4096, 2048, 10, 1.0, "fp8", 1.0)
 SOME = (1, 8, 64, 512, 4096, 16384)

@@ -256,7 +256,8 @@ def test_show_draws(run, files, tmp_path, name, head, with_loads):
 
 
 def test_a_picture_shows_every_slot(files, tmp_path):
-    from lplb import placement_picture, placing
+    from lplb.commands import picture as placement_picture
+    from lplb.commands import placing
 
     report = placing.shown(AFTER, [0])
     placement_picture.picture(report, report["layers"][0], tmp_path / "x.svg")
@@ -365,10 +366,10 @@ def test_wrong_usage_is_two(arguments, capsys):
 @pytest.mark.parametrize(
     ("missing", "drawn", "arguments"),
     [
-        ("rich", "lplb.show", ("show", "{a}")),
-        ("rich", "lplb.show", ("diff", "{a}", "{b}")),
-        ("rich", "lplb.show", ("place", "--load", "{a}", "--ranks", "4", "--slots", "16")),
-        ("matplotlib", "lplb.placement_picture", ("show", "{a}", "-o", "x.png")),
+        ("rich", "lplb.commands.show", ("show", "{a}")),
+        ("rich", "lplb.commands.show", ("diff", "{a}", "{b}")),
+        ("rich", "lplb.commands.show", ("place", "--load", "{a}", "--ranks", "4", "--slots", "16")),
+        ("matplotlib", "lplb.commands.picture", ("show", "{a}", "-o", "x.png")),
     ],
 )
 def test_what_is_missing_is_named(monkeypatch, run, files, missing, drawn, arguments):

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-import lplb
-from lplb import cli, results, scenes
-from lplb.simulate import simulate
+import lplb.simulate
+from lplb import cli, scenes
+from lplb.simulate import results, simulate
 
 pytest.importorskip("rich", reason="needs rich: pip install lplb[demo]")
 
@@ -158,8 +158,8 @@ def test_says_how_to_get_what_is_missing(monkeypatch, capsys, tmp_path, missing,
     for name in [name for name in sys.modules if name.partition(".")[0] == missing] + [missing]:
         monkeypatch.setitem(sys.modules, name, None)
     for module in ("compare", "report"):
-        monkeypatch.delitem(sys.modules, f"lplb.{module}", raising=False)
-        monkeypatch.delattr(lplb, module, raising=False)
+        monkeypatch.delitem(sys.modules, f"lplb.simulate.{module}", raising=False)
+        monkeypatch.delattr(lplb.simulate, module, raising=False)
     assert run("--policy", "none", "--report", tmp_path / "a.html") == 2
     assert f'needs {missing}: pip install "lplb[{extra}]"' in capsys.readouterr().err
     assert not (tmp_path / "a.html").exists()

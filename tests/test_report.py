@@ -10,12 +10,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from lplb import Placement, results, scenes
+from lplb import Placement, scenes
 from lplb.simulate import Setting, Simulation, simulate
 
 pytest.importorskip("plotly", reason="needs plotly: pip install lplb[report]")
 
-from lplb import report
+from lplb.simulate import report, results
 
 BATCHES, LAYERS = 40, 3
 HOSTILE = """</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">'"&amp;%%DATA%%<b>"""

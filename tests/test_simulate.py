@@ -14,12 +14,12 @@ import reference
 import torch
 from reference_traffic import traffic_of
 
-from lplb import Placement, Planner, results, scenes
-from lplb import simulate as simulating
+from lplb import Placement, Planner, scenes
 from lplb.exchange import Known
-from lplb.placers import NAMES, topology_by_name
 from lplb.replay import CheckFailed
-from lplb.simulate import simulate
+from lplb.simulate import results, simulate
+from lplb.simulate import run as simulating
+from lplb.simulate.placers import NAMES, topology_by_name
 
 LAYERS, EXPERTS, RANKS, SLOTS = 2, 12, 4, 20
 

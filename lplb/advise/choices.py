@@ -1,7 +1,7 @@
 """Advice for a deployment: how many redundant slots, which policy, an LP or not, and from what batch size it pays.
 
-`study` models a layer's time, see `lplb.cost`, for every choice and many batch sizes; `lplb.worth` reads the advice
-off. ``lplb advise`` is this.
+`study` models a layer's time, see `lplb.cost`, for every choice and many batch sizes; `lplb.advise.worth` reads the
+advice off. ``lplb advise`` is this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb import cost, profiles, scenes
+from lplb import cost, scenes
+from lplb.advise import profiles
+from lplb.advise.profiles import Profile
+from lplb.advise.worth import Option, Study
 from lplb.arguments import MAX_GROUP_SIZE, MOST_TOKENS, check_divides, seen, whole_number
 from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE, Hardware, hardware_by_name, layer_parts
 from lplb.formats import read_loads
@@ -23,9 +26,7 @@ from lplb.placement import Placement
 from lplb.plan import checked_solver
 from lplb.planner import Planner
 from lplb.policies import place
-from lplb.profiles import Profile
 from lplb.replay import split_evenly
-from lplb.worth import Option, Study
 
 __all__ = ["EXCHANGES", "LOADS", "MOST_DIRECT", "SIZES", "generated", "loads_by_name", "recorded", "study"]
 

@@ -16,11 +16,11 @@ import torch
 
 from lplb.arguments import MOST_TOKENS, check_divides, checked_group_size, seen, whole_number
 from lplb.placement import Placement
-from lplb.placers import NAMES, Placer, placer
 from lplb.plan import SolveStatus, checked_solver
 from lplb.planner import Planner
 from lplb.replay import CheckFailed, one_thread, split_evenly
-from lplb.simulation import Setting, Simulation
+from lplb.simulate.placers import NAMES, Placer, placer
+from lplb.simulate.simulation import Setting, Simulation
 
 __all__ = ["SPLITS", "LayerSeconds", "Setting", "Simulation", "check_configuration", "simulate"]
 

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from lplb.results import NOTES, cells, section, write_text
-from lplb.simulation import Simulation
+from lplb.simulate.results import NOTES, cells, section, write_text
+from lplb.simulate.simulation import Simulation
 
 __all__ = ["page", "write"]
 

@@ -13,7 +13,7 @@ from lplb.arguments import check_divides
 from lplb.placement import Placement
 from lplb.planner import Planner
 from lplb.policies import POLICIES, place
-from lplb.simulation import Setting
+from lplb.simulate.simulation import Setting
 
 __all__ = ["NAMES", "TOPOLOGIES", "Placer", "placer", "topology_by_name"]
 

@@ -40,7 +40,7 @@ def picture(report: Mapping[str, Any], entry: Mapping[str, Any], path: str | os.
     """Draw one layer.
 
     Args:
-        report: of `lplb.placing.shown`.
+        report: of `lplb.commands.placing.shown`.
         entry: one of its layers.
         path: where the picture goes; the suffix decides about its format.
 

@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lplb.arguments import whole_number
-from lplb.results import HEADINGS, NOTES, cells, section
 from lplb.scenes import Scene
-from lplb.simulate import LayerSeconds, Simulation, check_configuration, simulate
+from lplb.simulate.results import HEADINGS, NOTES, cells, section
+from lplb.simulate.run import LayerSeconds, check_configuration, simulate
+from lplb.simulate.simulation import Simulation
 
 __all__ = ["Configuration", "compare", "configurations", "notes", "table"]
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE, Hardware, hardware_by_name, layer_time
 from lplb.models import MODELS, ModelShape, model_by_name
-from lplb.placers import NAMES
 from lplb.scenes import SCENES, Scene, make, trace
 from lplb.simulate import SPLITS, LayerSeconds
+from lplb.simulate.placers import NAMES
 
 if TYPE_CHECKING:
-    from lplb.compare import Configuration
+    from lplb.simulate.compare import Configuration
 
 __all__ = ["add_arguments", "run"]
 
@@ -110,13 +110,13 @@ def _run(a: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from lplb import compare, results
+    from lplb.simulate import compare, results
 
     files = {"csv": a.csv, "json": None if a.json == "-" else a.json, "report": a.report}
     _check_folders(files, a.output)
     report_wanted = a.report is not None or a.output is not None
     if report_wanted:
-        from lplb import report
+        from lplb.simulate import report
     scene = _loads(a)
     wanted = compare.configurations(a.ranks, a.policy, a.split)
     model, hardware = _shape(a.model, scene), hardware_by_name(a.hardware)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from lplb import advise
+from lplb.advise import choices
+from lplb.advise.worth import FACTORS, Study, in_words
 from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE
 from lplb.models import MODELS
 from lplb.plan import SOLVERS
-from lplb.worth import FACTORS, Study, in_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"of the LP per layer (default: {ASSUMED_PLANNER_SECONDS:g}, assumed); half and twice of it are shown too",
     )
-    add("--exchange", default="auto", choices=advise.EXCHANGES, help="how tokens travel between nodes (default: auto)")
+    add("--exchange", default="auto", choices=choices.EXCHANGES, help="how tokens travel between nodes (default: auto)")
     add("--solver", default="ipm", choices=SOLVERS, help="of the LP (default: ipm)")
     add("--seed", type=int, default=0, metavar="N", help="of generated loads and drawn tokens (default: 0)")
     add("--json", action="store_true", help="as JSON")
@@ -78,11 +78,11 @@ def _run(a: argparse.Namespace) -> None:
     if not a.json:
         from rich.console import Console
     with late_progress() as on_progress:
-        found = advise.study(
+        found = choices.study(
             a.model,
             a.hardware,
             a.ranks,
-            loads=advise.loads_by_name(a.load, MODELS[a.model], sigma=a.sigma, noise=a.noise, seed=a.seed),
+            loads=choices.loads_by_name(a.load, MODELS[a.model], sigma=a.sigma, noise=a.noise, seed=a.seed),
             n_nodes=a.nodes,
             group_size=a.group_size,
             redundancy=a.redundancy,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lplb.simulate import Simulation
+from lplb.simulate.simulation import Simulation
 
 __all__ = [
     "BATCH_COLUMNS",

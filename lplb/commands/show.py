@@ -1,4 +1,4 @@
-"""Placements in the terminal: tables of what `lplb.placing` finds out, and a grid of ranks and experts."""
+"""Placements in the terminal: tables of what `lplb.commands.placing` finds out, and a grid of ranks and experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BAR = 12  # cells of the longest bar
 
 
 def placed_table(report: Mapping[str, Any]) -> RenderableType:
-    """Return what placements are worth on their history, layer by layer; see `lplb.placing.placed`."""
+    """Return what placements are worth on their history, layer by layer; see `lplb.commands.placing.placed`."""
     table = _table("layer", "even split", "LP", "bound")
     for layer in report["layers"]:
         table.add_row(str(layer["layer"]), *_ratios(layer))
@@ -41,7 +41,7 @@ def _ratios(entry: Mapping[str, Any]) -> list[str]:
 
 
 def difference_table(report: Mapping[str, Any]) -> RenderableType:
-    """Return what moves from one placement to another, layer by layer; see `lplb.placing.differences`."""
+    """Return what moves from one placement to another, layer by layer; see `lplb.commands.placing.differences`."""
     total, sized = report["total"], report["total"]["bytes"] is not None
     names = ["layer", "moves", "within", "experts\nmoved", "copies\nchanged", "most into\na rank", "most from\na rank"]
     table = _table(*names, *(["bytes"] if sized else []))
@@ -71,7 +71,7 @@ def grid(report: Mapping[str, Any], entry: Mapping[str, Any]) -> RenderableType:
     """Return the experts of every rank, coloured by their copies, beside rank loads where there are some.
 
     Args:
-        report: of `lplb.placing.shown`.
+        report: of `lplb.commands.placing.shown`.
         entry: one of its layers.
     """
     copies = entry["copies"]
