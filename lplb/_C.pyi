@@ -84,19 +84,21 @@ def placement_optima(
     """
 
 def place_for_lp(
-    geometry: tuple[int, int, int, int],
+    geometry: tuple[int, int, int, int, int],
     even: bool,
     history: int,
     layers: int,
     batches: int,
+    sent: int,
     phy2log: int,
     threads: int,
 ) -> None:
     """Better int32 ``phy2log [layers, n_physical]`` for the LP over loads that are likely after ``history``.
 
-    ``geometry``: n_logical, n_ranks, n_physical, n_parts; no expert has copies in two parts, which are equal runs of
-    ranks, before and after. ``history``: float64 ``[layers, batches, n_logical]``. ``even``: even splits count as
-    much as the LP's, and there are no hubs. Other Python threads run meanwhile.
+    ``geometry``: n_logical, n_ranks, n_physical, n_parts, ranks per node; no expert has copies in two parts, which are
+    equal runs of ranks, before and after. ``history``: float64 ``[layers, batches, n_logical]``; ``sent``, by each
+    node: ``[layers, n_nodes, n_logical]``. ``even``: even splits count as much as the LP's, and there are no hubs.
+    Other Python threads run meanwhile.
     """
 
 def likely_loads(history: int, batches: int, n_logical: int, out: int) -> None:

@@ -41,6 +41,7 @@ def place(
     n_groups: int = 1,
     n_nodes: int = 1,
     fallback: str = "lp",
+    sources: _Array | None = None,
     threads: int = 1,
 ) -> Placement | list[Placement]:
     """Make a placement from load history; from that of several layers, one placement for each.
@@ -58,9 +59,12 @@ def place(
             ranks by default.
         n_groups: number of groups of experts that node-limited routing knows, consecutive experts each.
         n_nodes: number of nodes, consecutive ranks each. Where ``n_groups`` is a multiple of it, every group of
-            experts stays on one node.
+            experts stays on one node. Otherwise ``"lp"`` puts ranks on nodes so that most tokens find a copy on their
+            own; to balance all ranks of a ``group_size`` are alike.
         fallback: what shares out batches when no LP does. ``"even"`` keeps ``"lp"`` from placements that are good for
-            the LP alone.
+            the LP alone: there even splits count as much as the LP's.
+        sources: loads by the rank that sends them, ``[n_ranks, n_logical]`` or ``[layers, n_ranks, n_logical]``, for
+            ``"lp"`` with several nodes; by default all nodes send alike.
         threads: how many layers are placed at once; the result is the same for any number.
 
     Returns:
@@ -78,11 +82,12 @@ def place(
         raise ValueError(f"fallback is {fallback!r}, allowed are {', '.join(map(repr, FALLBACKS))}")
     threads = whole_number("threads", threads, 1, _MOST_THREADS)
     sizes = _checked_sizes(layers.shape[-1], n_ranks, n_physical, group_size, n_groups, n_nodes)
+    sent = _sent_by_node(sources, layers, many, sizes)
     weight = torch.from_numpy(layers.mean(axis=1))
     weight /= weight.sum(dim=1, keepdim=True)  # nothing overflows float32
     phy2log = _eplb(weight, sizes, distinct=policy != "eplb", threads=threads)
     if policy == "lp":
-        phy2log = _better_for_lp(phy2log, layers, sizes, fallback == "even", threads)
+        phy2log = _better_for_lp(phy2log, layers, sent, sizes, fallback == "even", threads)
     placed = [Placement(row, sizes.n_ranks, sizes.n_logical) for row in phy2log]
     return placed if many else placed[0]
 
@@ -197,6 +202,7 @@ class _Sizes(NamedTuple):
     n_groups: int  # of experts that routing knows; 1 where it is not limited to nodes
     n_nodes: int  # that such a group stays in; 1 where routing is not limited
     parts_per_node: int
+    ranks_per_node: int
 
 
 def _eplb(weight: torch.Tensor, sizes: _Sizes, *, distinct: bool, threads: int) -> torch.Tensor:
@@ -207,7 +213,13 @@ def _eplb(weight: torch.Tensor, sizes: _Sizes, *, distinct: bool, threads: int) 
         experts = _experts_by_node(weight, sizes)
         rows = weight.gather(1, experts).view(layers * sizes.n_nodes, -1)
         of_node = _Sizes(
-            rows.shape[1], sizes.n_ranks // sizes.n_nodes, sizes.n_physical // sizes.n_nodes, 1, 1, sizes.parts_per_node
+            rows.shape[1],
+            sizes.ranks_per_node,
+            sizes.n_physical // sizes.n_nodes,
+            1,
+            1,
+            sizes.parts_per_node,
+            sizes.ranks_per_node,
         )
         local = _eplb(rows, of_node, distinct=distinct, threads=threads).view(layers, sizes.n_nodes, -1)
         return experts.view(layers, sizes.n_nodes, -1).gather(2, local).view(layers, -1)
@@ -239,12 +251,16 @@ def _experts_by_node(weight: torch.Tensor, sizes: _Sizes) -> torch.Tensor:
     return (order[:, :, None] * per_group + torch.arange(per_group)).view(len(weight), -1)
 
 
-def _better_for_lp(given: torch.Tensor, layers: _Floats, sizes: _Sizes, even: bool, threads: int) -> torch.Tensor:
+def _better_for_lp(
+    given: torch.Tensor, layers: _Floats, sent: _Floats, sizes: _Sizes, even: bool, threads: int
+) -> torch.Tensor:
     """For each layer a placement with the parts of the given one, or the given one where none is better."""
     phy2log = given.to(torch.int32).contiguous()
-    geometry = sizes.n_logical, sizes.n_ranks, sizes.n_physical, sizes.n_nodes * sizes.parts_per_node
+    n_parts = sizes.n_nodes * sizes.parts_per_node
+    geometry = sizes.n_logical, sizes.n_ranks, sizes.n_physical, n_parts, sizes.ranks_per_node
     n_layers, batches, _ = layers.shape
-    _C.place_for_lp(geometry, even, layers.ctypes.data, n_layers, batches, phy2log.data_ptr(), threads)
+    out = phy2log.data_ptr()
+    _C.place_for_lp(geometry, even, layers.ctypes.data, n_layers, batches, sent.ctypes.data, out, threads)
     return phy2log
 
 
@@ -304,6 +320,7 @@ def _checked_sizes(
     check_divides("n_logical", n_logical, "n_groups", n_groups)
     n_nodes = whole_number("n_nodes", n_nodes, 1)
     check_divides("n_ranks", n_ranks, "n_nodes", n_nodes)
+    ranks_per_node = n_ranks // n_nodes
     if n_nodes == 1 or n_groups % n_nodes:
         n_groups = n_nodes = 1  # routing is not limited to nodes
     per_node = n_ranks // n_nodes
@@ -319,4 +336,19 @@ def _checked_sizes(
             f"n_physical is {n_physical}, allowed is at most {most}: {most // n_ranks} slots on each rank, as no rank "
             "holds an expert twice and no expert is in two groups or nodes"
         )
-    return _Sizes(n_logical, n_ranks, n_physical, n_groups, n_nodes, parts_per_node)
+    return _Sizes(n_logical, n_ranks, n_physical, n_groups, n_nodes, parts_per_node, ranks_per_node)
+
+
+def _sent_by_node(sources: object, layers: _Floats, many: bool, sizes: _Sizes) -> _Floats:
+    """The loads that every node sends, [layers, n_nodes, n_logical]; all alike without sources."""
+    n_layers, _, n_logical = layers.shape
+    n_nodes = sizes.n_ranks // sizes.ranks_per_node
+    if sources is None:
+        return np.repeat(layers.mean(axis=1, keepdims=True), n_nodes, axis=1)
+    by_rank = _checked_loads("sources", sources)
+    shape = (n_layers, sizes.n_ranks, n_logical) if many else (sizes.n_ranks, n_logical)
+    if by_rank.shape != shape:
+        axes = "[layers, n_ranks, n_logical]" if many else "[n_ranks, n_logical]"
+        raise ValueError(f"sources has shape {list(by_rank.shape)}, allowed is {axes} = {list(shape)}")
+    by_node: _Floats = by_rank.reshape(n_layers, n_nodes, sizes.ranks_per_node, n_logical).sum(axis=2)
+    return by_node

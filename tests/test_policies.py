@@ -13,6 +13,7 @@ from reference import ReferenceLP
 from reference_eplb import rebalance_reference
 
 from lplb.placement import Placement
+from lplb.planner import Planner
 from lplb.policies import FALLBACKS, POLICIES, imbalance, likely_loads, optima, place
 
 TIE = 1e-4  # of a mean rank load: what stress scenarios decide within
@@ -166,6 +167,38 @@ def test_experts_that_drift_together_are_kept_apart():
     assert np.mean(seeing) - 1 < 0.6 * (np.mean(blind) - 1)
 
 
+def sent_away(placement, sent):
+    """The share of tokens that cross nodes when the LP's quotas are filled with a node's own tokens first.
+
+    sent: whole tokens [batches, n_nodes, n_logical].
+    """
+    quota = Planner.from_placement(placement).solve(torch.from_numpy(sent.sum(axis=1))).quota.numpy()
+    node = placement.rank_of.numpy() * sent.shape[1] // placement.n_ranks
+    held = np.zeros(sent.shape)
+    for slot, expert in enumerate(placement.phy2log.tolist()):
+        held[:, node[slot], expert] += quota[:, slot]
+    return 1 - np.minimum(held, sent).sum() / sent.sum()
+
+
+@pytest.mark.parametrize(("n_logical", "n_ranks", "redundant", "n_nodes"), [(64, 16, 32, 4), (128, 32, 64, 4)])
+def test_ranks_stand_where_their_tokens_are(n_logical, n_ranks, redundant, n_nodes):
+    where = {"n_ranks": n_ranks, "n_physical": n_logical + redundant}
+    rng = np.random.default_rng(0)
+    base = rng.lognormal(0, 0.85, n_logical) * rng.lognormal(0, 0.8, (n_nodes, n_logical))
+    sent = rng.poisson(3000 * base / base.mean() * rng.lognormal(0, 0.3, (32, n_nodes, n_logical)))
+    past, future = sent[:16].sum(axis=1), sent[16:]
+    sources = np.repeat(sent[:16].sum(axis=0), n_ranks // n_nodes, axis=0)
+    anywhere = place(past, **where)
+    by_copies = place(past, n_nodes=n_nodes, **where)
+    by_sources = place(past, n_nodes=n_nodes, sources=sources, **where)
+    assert by_sources == place(past[None], n_nodes=n_nodes, sources=sources[None], **where)[0]
+    away = [sent_away(p, future) for p in (anywhere, by_copies, by_sources)]
+    assert away[2] < 0.9 * away[1] < away[0]
+    # the same ranks in another order: to balance it is all one
+    ranks = [sorted(map(sorted, p.phy2log.view(n_ranks, -1).tolist())) for p in (anywhere, by_copies, by_sources)]
+    assert ranks[0] == ranks[1] == ranks[2]
+
+
 def test_placements_depend_on_nothing_but_the_arguments():
     layers = np.stack([history(seed, 64, 5) for seed in range(4)])
     where = {"n_ranks": 16, "n_physical": 96}
@@ -266,6 +299,8 @@ GOOD = {"n_ranks": 4, "n_physical": 12}
         ),
         ([1.0] * 8, {"policy": "best"}, ValueError, "policy is 'best', allowed are 'lp', 'eplb', 'eplb-distinct'"),
         ([1.0] * 8, {"fallback": "odd"}, ValueError, "fallback is 'odd', allowed are 'lp', 'even'"),
+        ([1.0] * 8, {"sources": np.ones((3, 8))}, ValueError, r"sources has shape \[3, 8\], allowed is .* \[4, 8\]"),
+        ([1.0] * 8, {"sources": -np.ones((4, 8))}, ValueError, r"sources\[0, 0\] is -1.0"),
         ([1.0] * 8, {"threads": 0}, ValueError, "threads is 0"),
         ([1.0] * 8, {"n_ranks": 4.0}, TypeError, "n_ranks is 4.0, allowed is an int"),
     ],

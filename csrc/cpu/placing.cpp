@@ -4,6 +4,7 @@
 
 #include "../core/construct.h"
 #include "../core/likely_loads.h"
+#include "../core/settle.h"
 
 namespace lplb::cpu {
 
@@ -203,6 +204,14 @@ struct Deviations {
         samples(placing::deviations(kSamples, n_logical, 1)) {}
 };
 
+// The experts of some slots, ascending.
+std::vector<int32_t> experts_of(const int32_t* phy2log, int n_slots) {
+  std::vector<int32_t> experts(phy2log, phy2log + n_slots);
+  std::sort(experts.begin(), experts.end());
+  experts.erase(std::unique(experts.begin(), experts.end()), experts.end());
+  return experts;
+}
+
 void place_layer(const Geometry& m, const placing::Outlook& outlook, const Deviations& z, int32_t* phy2log,
                  Scratch& scratch) {
   const int n_ranks = m.n_ranks / m.n_parts, n_slots = m.n_physical / m.n_parts;
@@ -220,9 +229,7 @@ void place_layer(const Geometry& m, const placing::Outlook& outlook, const Devia
   std::vector<int32_t> placed;
   Costs costs;
   for (int p = 0; p < m.n_parts; ++p) {
-    std::vector<int32_t> experts(phy2log + p * n_slots, phy2log + (p + 1) * n_slots);
-    std::sort(experts.begin(), experts.end());
-    experts.erase(std::unique(experts.begin(), experts.end()), experts.end());
+    const std::vector<int32_t> experts = experts_of(phy2log + p * n_slots, n_slots);
     const int n = static_cast<int>(experts.size());
     std::vector<double> mean, size;
     std::vector<int64_t> loads;
@@ -256,10 +263,28 @@ void place_layer(const Geometry& m, const placing::Outlook& outlook, const Devia
   }
 }
 
+// Puts the ranks of every part on nodes.
+void settle_on_nodes(const Geometry& m, const double* from, int32_t* phy2log) {
+  const int n_ranks = m.n_ranks / m.n_parts, n_slots = m.n_physical / m.n_parts, n_nodes = n_ranks / m.ranks_per_node;
+  if (n_nodes < 2 || n_ranks % m.ranks_per_node != 0) return;
+  for (int p = 0; p < m.n_parts; ++p, phy2log += n_slots) {
+    std::vector<int32_t> experts = experts_of(phy2log, n_slots), slots;
+    for (int i = 0; i < n_slots; ++i)
+      slots.push_back(
+          static_cast<int32_t>(std::lower_bound(experts.begin(), experts.end(), phy2log[i]) - experts.begin()));
+    std::vector<double> sent;
+    for (int node = p * n_nodes; node < (p + 1) * n_nodes; ++node)
+      for (const int32_t e : experts) sent.push_back(from[static_cast<int64_t>(node) * m.n_logical + e]);
+    placing::Settlement(sent, static_cast<int>(experts.size()), n_ranks, m.ranks_per_node, slots).improve();
+    for (int i = 0; i < n_slots; ++i) phy2log[i] = experts[slots[i]];
+  }
+}
+
 }  // namespace
 
-void place_for_lp(const Geometry& m, const double* history, int64_t layers, int64_t batches, int32_t* phy2log,
-                  int threads) {
+void place_for_lp(const Geometry& m, const double* history, int64_t layers, int64_t batches, const double* from,
+                  int32_t* phy2log, int threads) {
+  const int64_t sent = static_cast<int64_t>(m.n_ranks / m.ranks_per_node) * m.n_logical;
   const Deviations z(m.n_logical);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -268,6 +293,7 @@ void place_for_lp(const Geometry& m, const double* history, int64_t layers, int6
     for (int64_t layer = 0; layer < layers; ++layer) {
       const placing::Outlook outlook(history + layer * batches * m.n_logical, batches, m.n_logical);
       place_layer(m, outlook, z, phy2log + layer * m.n_physical, scratch);
+      settle_on_nodes(m, from + layer * sent, phy2log + layer * m.n_physical);
     }
   }
 }
