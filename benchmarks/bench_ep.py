@@ -34,10 +34,10 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rows import Row, machine, print_table, write  # noqa: E402
 
-from lplb import Placement, Plan, Planner, topology  # noqa: E402
+from lplb import Placement, Plan, Planner, place, topology  # noqa: E402
 from lplb.exchange import Known  # noqa: E402
 from lplb.nn import ExpertParallelMoE  # noqa: E402
-from lplb.replay import REFRESH, WINDOW, place  # noqa: E402
+from lplb.replay import REFRESH, WINDOW  # noqa: E402
 from lplb.trace import load_trace  # noqa: E402
 
 N_RANKS, NODE, N_SLOTS, N_EXPERTS = 32, 8, 128, 64
@@ -52,7 +52,10 @@ PLACEMENTS: dict[str, Callable[[torch.Tensor, Known, float], Planner]] = {
     ),
     "4×8 torus": lambda history, ranks, weight: on_topology(topology.torus(4, 8), history, ranks, weight),
     "EPLB": lambda history, ranks, weight: Planner.from_placement(
-        place(history, N_SLOTS, N_RANKS), group=ranks, ranks_per_node=NODE, traffic_weight=weight
+        place(history, n_ranks=N_RANKS, n_physical=N_SLOTS, policy="eplb"),
+        group=ranks,
+        ranks_per_node=NODE,
+        traffic_weight=weight,
     ),
 }
 

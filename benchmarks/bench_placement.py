@@ -27,8 +27,8 @@ from lplb.change import Change, relabel  # noqa: E402
 from rows import Row, machine, print_table, write  # noqa: E402
 
 from lplb import Placement, place, plan_change, rebalance_experts  # noqa: E402
+from lplb.placement import split_evenly  # noqa: E402
 from lplb.policies import imbalance  # noqa: E402
-from lplb.replay import split_evenly  # noqa: E402
 from lplb.scenes import lognormal  # noqa: E402
 from lplb.simulate import simulate  # noqa: E402
 from lplb.trace import load_trace  # noqa: E402

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 examples/serve_ep.py           or lets torchrun start them
 
 A small MoE language model, trained for a moment so that its routers have preferences, reads batches of code, prose and
-tables. Every few batches EPLB places its experts, and copies of the hottest, by the loads seen last, and the weights
+tables. Every few batches its experts, and copies of the hottest, are placed by the loads seen last, and the weights
 move there; in every batch lplb plans who serves what. The table compares with the same batches without balancing, and
 with the same copies and even splits.
 """
@@ -36,8 +36,8 @@ from small_moe import (
 from torch import Tensor
 from train_ep import Trainer
 
-from lplb import Planner
-from lplb.replay import place, split_evenly
+from lplb import Planner, place
+from lplb.placement import split_evenly
 
 SPARE = 4  # slots per rank for copies, beside 16 for experts
 METHODS = {"no balancing": BEFORE, "EPLB, even splits": BETWEEN, "EPLB and lplb": AFTER}
@@ -63,7 +63,7 @@ def place_anew(model: Model, history: Tensor) -> int:
     """Place every layer's experts by loads ``[layers, experts]``; return the bytes that came here. Collective."""
     n_ranks, received = dist.get_world_size(), 0
     for layer, loads in zip(model.layers, history, strict=True):
-        placement = place(loads.double(), layer.n_experts + n_ranks * SPARE, n_ranks)
+        placement = place(loads, n_ranks=n_ranks, n_physical=layer.n_experts + n_ranks * SPARE)
         received += layer.follow(Planner.from_placement(placement, group=dist.group.WORLD)).bytes_received
     return received
 

@@ -16,7 +16,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lplb.replay import EVEN, LP, LPLB, METHODS, NONE, REFRESH, SPARE_SLOTS, TOPOLOGIES, WINDOW, Replay, replay_trace
+from lplb.replay import (
+    EVEN,
+    LP,
+    LPLB,
+    METHODS,
+    NONE,
+    ON_EPLB,
+    REFRESH,
+    SPARE_SLOTS,
+    TOPOLOGIES,
+    WINDOW,
+    Replay,
+    replay_trace,
+)
 from lplb.trace import load_trace
 
 __all__ = ["notes", "picture", "run_demo", "table"]
@@ -64,7 +77,10 @@ _NOTES = (
         "plan time",
         "One Planner.run of one rank on one core of this machine; a copy of known counts stands in for the all-gather.",
     ),
-    ("lower bound", "No split of the tokens over the EPLB placement has a smaller maximum; from the LP's dual."),
+    (
+        "lower bound",
+        "No split of the tokens over the placement made for the LP has a smaller maximum; from the LP's dual.",
+    ),
     (
         "placements",
         f"No balancing: one slot per expert, in order. The others: {SPARE_SLOTS} spare slots per rank, remade every "
@@ -84,7 +100,7 @@ def notes() -> Table:
 
 
 _INK, _FADED = "#24292f", "#6e7781"
-_COLORS = {NONE: "#b35900", EVEN: "#8250df", LPLB: "#0969da", LP: "#1a7f37"}
+_COLORS = {NONE: "#b35900", EVEN: "#8250df", LPLB: "#0969da", ON_EPLB: "#0a8a8a", LP: "#1a7f37"}
 
 
 def picture(result: Replay, path: str | os.PathLike[str], layer: int | None = None) -> None:
@@ -107,7 +123,7 @@ def picture(result: Replay, path: str | os.PathLike[str], layer: int | None = No
         fontweight="bold",
     )
     _heat(before, result, layer, NONE, "Before: one copy of every expert")
-    image = _heat(after, result, layer, LP, f"After: {SPARE_SLOTS} spare slots per rank, EPLB placement, LP split")
+    image = _heat(after, result, layer, LP, f"After: {SPARE_SLOTS} spare slots per rank, placed for the LP, LP split")
     bar = figure.colorbar(image, cax=figure.add_subplot(grid[:2, 1]), extend="max", ticks=[0, 0.5, 1, 1.5, 2, 2.5, 3])
     bar.set_label("rank load / mean", fontsize=11, color=_INK)
     _lines(lines, result, layer)

@@ -13,7 +13,7 @@ import torch
 
 from lplb.arguments import MAX_GROUP_SIZE, whole_number
 
-__all__ = ["Placement"]
+__all__ = ["Placement", "split_evenly"]
 
 _FORMAT = "lplb.placement"
 _VERSION = 1
@@ -253,3 +253,24 @@ def _slots_by_expert(experts: npt.NDArray[np.int64], logcnt: npt.NDArray[np.int6
     log2phy = np.full((len(logcnt), logcnt.max()), -1, dtype=np.int64)
     log2phy[experts[slots], copy] = slots
     return log2phy
+
+
+def split_evenly(placement: Placement, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the tokens of each slot if every expert's tokens are dealt out evenly over its copies.
+
+    What is left of a division goes to one copy each, beginning with copy ``e`` (modulo the number of copies), so that
+    no rank gets it always.
+
+    Args:
+        placement: where the experts are.
+        counts: tokens of each expert, ``[n_logical]`` or a batch ``[n, n_logical]``.
+    """
+    expert = placement.phy2log.numpy()
+    copies = placement.logcnt.numpy()[expert].astype(np.int64)
+    number = np.empty_like(copies)  # which of its expert's copies a slot is
+    for slots in placement.log2phy.numpy():
+        held = slots[slots >= 0]
+        number[held] = np.arange(len(held))
+    each, left = np.divmod(counts[..., expert], copies)
+    quota: npt.NDArray[np.int64] = each + ((number - expert) % copies < left)
+    return quota

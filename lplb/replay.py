@@ -15,24 +15,25 @@ import torch
 
 from lplb import topology
 from lplb.arguments import whole_number
-from lplb.eplb import rebalance_experts, spread_copies
 from lplb.exchange import Known
-from lplb.placement import Placement
+from lplb.placement import Placement, split_evenly
 from lplb.plan import Plan
 from lplb.planner import Planner
+from lplb.policies import place
 from lplb.trace import RouterTrace
 
-__all__ = ["CheckFailed", "Replay", "SimulatedRanks", "one_thread", "place", "replay_trace", "split_evenly"]
+__all__ = ["CheckFailed", "Replay", "SimulatedRanks", "one_thread", "replay_trace"]
 
-NONE, EVEN, LPLB, LP = "no balancing", "EPLB, even splits", "LPLB topology", "LP on EPLB placement"
-METHODS = (NONE, EVEN, LPLB, LP)
+NONE, EVEN, LPLB = "no balancing", "EPLB, even splits", "LPLB topology"
+ON_EPLB, LP = "LP on EPLB placement", "LP on a placement for it"
+METHODS = (NONE, EVEN, LPLB, ON_EPLB, LP)
 
 TOPOLOGIES: dict[int, tuple[str, Callable[[], torch.Tensor]]] = {
     8: ("cube", topology.cube),
     16: ("hypercube", topology.hypercube),
     32: ("4×8 torus", lambda: topology.torus(4, 8)),
 }
-"""For each number of ranks the graph of LPLB; all have two redundant slots per rank, and so has EPLB here."""
+"""For each number of ranks the graph of LPLB; all have two redundant slots per rank, and so have placements here."""
 
 SPARE_SLOTS = 2
 """Redundant slots per rank."""
@@ -63,7 +64,7 @@ class Replay:
     moved: dict[str, _Counts]
     """By method: token choices that went to a copy which is not the expert's first, ``[batches, layers]``."""
     bound: npt.NDArray[np.float64]
-    """The certified lower bound of the largest load on the EPLB placement, ``[batches, layers]``."""
+    """The certified lower bound of the largest load on the placement made for the LP, ``[batches, layers]``."""
     micros: dict[str, npt.NDArray[np.float64]]
     """By method that has a planner: microseconds of each `Planner.run`, one after the other."""
 
@@ -86,48 +87,6 @@ class Replay:
 
 
 # ---- the methods
-
-
-def place(history: torch.Tensor, n_slots: int, n_ranks: int) -> Placement:
-    """Return EPLB's placement (global policy) without an expert twice on a rank.
-
-    EPLB may want more copies of an expert than there are ranks. Its load is then lowered until it gets one on each;
-    as every rank has it, the packing of the others is the same for any load of it.
-
-    Args:
-        history: tokens of each logical expert, ``[n_logical]``.
-        n_slots: physical experts on all ranks.
-        n_ranks: number of ranks.
-    """
-    weight = history.double()[None]
-    while True:
-        phy2log, _, count = rebalance_experts(weight, n_slots, 1, 1, n_ranks)
-        if int(count.max()) <= n_ranks:
-            break
-        lowered = torch.where(count > n_ranks, weight * (n_ranks / (count + 1)), weight)
-        weight = lowered.clamp_min(1)  # an idle expert must be able to take the slot
-    return Placement(spread_copies(phy2log, n_ranks, weight)[0], n_ranks, history.numel())
-
-
-def split_evenly(placement: Placement, counts: _Counts) -> _Counts:
-    """Return the tokens of each slot if every expert's tokens are dealt out evenly over its copies.
-
-    What is left of a division goes to one copy each, beginning with copy ``e`` (modulo the number of copies), so that
-    no rank gets it always.
-
-    Args:
-        placement: where the experts are.
-        counts: tokens of each expert, ``[n_logical]`` or a batch ``[n, n_logical]``.
-    """
-    expert = placement.phy2log.numpy()
-    copies = placement.logcnt.numpy()[expert].astype(np.int64)
-    number = np.empty_like(copies)  # which of its expert's copies a slot is
-    for slots in placement.log2phy.numpy():
-        held = slots[slots >= 0]
-        number[held] = np.arange(len(held))
-    each, left = np.divmod(counts[..., expert], copies)
-    quota: _Counts = each + ((number - expert) % copies < left)
-    return quota
 
 
 class SimulatedRanks:
@@ -228,39 +187,49 @@ class _Layer:
         self.n_slots = n_logical + SPARE_SLOTS * n_ranks
         r2o = TOPOLOGIES[n_ranks][1]()
         self.lplb = SimulatedRanks(lambda rank: Planner(r2o, self.n_slots, n_logical, group=rank), n_ranks)
-        self.lp_micros: list[float] = []
-        self._use(self.lplb.planners[0].placement)
+        self.micros: dict[str, list[float]] = {LPLB: self.lplb.micros, ON_EPLB: [], LP: []}
+        self._use(self.lplb.planners[0].placement, self.lplb.planners[0].placement)
 
     def refresh(self, history: torch.Tensor) -> None:
-        """Place the experts anew by what the past batches asked for, ``[n_logical]``."""
+        """Place the experts anew by what the past batches asked for, ``[batches, n_logical]``."""
         for planner in self.lplb.planners:
-            planner.update_redundancy_mapping(history)
-        self._use(place(history, self.n_slots, self.n_ranks))
+            planner.update_redundancy_mapping(history.sum(0))
+        eplb, lp = (
+            place(history, n_ranks=self.n_ranks, n_physical=self.n_slots, policy=policy) for policy in ("eplb", "lp")
+        )
+        assert isinstance(eplb, Placement)
+        assert isinstance(lp, Placement)
+        self._use(eplb, lp)
 
-    def _use(self, placement: Placement) -> None:
-        self.placement = placement
-        self.lp = SimulatedRanks(lambda rank: Planner.from_placement(placement, group=rank), self.n_ranks)
-        self.lp.micros = self.lp_micros
+    def _use(self, eplb: Placement, lp: Placement) -> None:
+        self.placements = {ON_EPLB: eplb, LP: lp}
+        self.lps = {name: self._ranks(name, placement) for name, placement in self.placements.items()}
+
+    def _ranks(self, name: str, placement: Placement) -> SimulatedRanks:
+        ranks = SimulatedRanks(lambda rank: Planner.from_placement(placement, group=rank), self.n_ranks)
+        ranks.micros = self.micros[name]
+        return ranks
 
     def quotas(self, chosen: torch.Tensor, counts: torch.Tensor) -> tuple[dict[str, _Counts], float]:
-        """Return each method's tokens per slot, and the lower bound on the EPLB placement."""
+        """Return each method's tokens per slot, and the lower bound on the placement made for the LP."""
         total: _Counts = counts.sum(0).numpy().astype(np.int64)
-        plan = self.lp.run(chosen, counts)
+        plans = {name: ranks.run(chosen, counts) for name, ranks in self.lps.items()}
         quotas = {
             NONE: total,
-            EVEN: split_evenly(self.placement, total),
+            EVEN: split_evenly(self.placements[ON_EPLB], total),
             LPLB: self.lplb.run(chosen, counts).quota.numpy().astype(np.int64),
-            LP: plan.quota.numpy().astype(np.int64),
+            **{name: plan.quota.numpy().astype(np.int64) for name, plan in plans.items()},
         }
-        return quotas, float(plan.lower_bound.max())
+        return quotas, float(plans[LP].lower_bound.max())
 
     def firsts(self) -> dict[str, npt.NDArray[np.bool_]]:
         """Tell for each method which slots are the first copy of their expert (LPLB: its own, not redundant, slot)."""
-        first = np.zeros(self.n_slots, dtype=bool)
-        first[self.placement.log2phy[:, 0].numpy()] = True
         planner = self.lplb.planners[0]
         own = np.arange(self.n_slots) % planner.n_local_routed_experts < planner.n_local_logical_routed_experts
-        return {NONE: np.ones(self.placement.n_logical, dtype=bool), EVEN: first, LPLB: own, LP: first}
+        first = {name: np.zeros(self.n_slots, dtype=bool) for name in self.placements}
+        for name, placement in self.placements.items():
+            first[name][placement.log2phy[:, 0].numpy()] = True
+        return {NONE: np.ones(len(planner.placement.logcnt), dtype=bool), EVEN: first[ON_EPLB], LPLB: own, **first}
 
 
 @contextmanager
@@ -280,8 +249,8 @@ def replay_trace(
 ) -> Replay:
     """Replay a trace on simulated ranks with every method.
 
-    The tokens of a batch are dealt out in blocks, one per rank. EPLB's and LPLB's placements are made every `REFRESH`
-    batches from the loads of the `WINDOW` batches before, each layer by itself. Until there is a history, both use the
+    The tokens of a batch are dealt out in blocks, one per rank. Placements are made every `REFRESH`
+    batches from the loads of the `WINDOW` batches before, each layer by itself. Until there is a history, all use the
     topology with the experts in order.
 
     Args:
@@ -312,7 +281,7 @@ def replay_trace(
     for b in range(n_batches):
         for i, layer in enumerate(layers):
             if b and b % REFRESH == 0:
-                layer.refresh(asked[max(0, b - WINDOW) : b, i].sum(0))
+                layer.refresh(asked[max(0, b - WINDOW) : b, i])
             chosen = torch.from_numpy(trace.indices[b, i].astype(np.int64)).view(n_ranks, n_tokens // n_ranks, -1)
             counts = _count(chosen, trace.n_experts)
             asked[b, i] = counts.sum(0)
@@ -323,10 +292,7 @@ def replay_trace(
                 moved[method][b, i] = quota[~first[method]].sum()
         if on_batch is not None:
             on_batch()
-    micros = {
-        LPLB: np.array([t for layer in layers for t in layer.lplb.micros]),
-        LP: np.array([t for layer in layers for t in layer.lp_micros]),
-    }
+    micros = {name: np.array([t for layer in layers for t in layer.micros[name]]) for name in (LPLB, ON_EPLB, LP)}
     return Replay(n_ranks, layers[0].n_slots, trace.domain[:n_batches], loads, moved, bound, micros)
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lplb import Placement, Planner, nn, topology
 from lplb.nn import ExpertParallelMoE, keep_routes
-from lplb.replay import place
+from lplb.policies import place
 
 HIDDEN, FFN, N_EXPERTS, TOP_K = 8, 12, 32, 3
 FIELDS = ("gate_up", "down")
@@ -39,7 +39,7 @@ def one_thread():
 def eplb(n_ranks, spare, seed=0):
     """An EPLB placement with `spare` copies per rank, for loads of log-normal size."""
     load = torch.from_numpy(np.random.default_rng(seed).lognormal(0, 1.5, N_EXPERTS))
-    return place(load, N_EXPERTS + spare * n_ranks, n_ranks)
+    return place(load, n_ranks=n_ranks, n_physical=N_EXPERTS + spare * n_ranks, policy="eplb")
 
 
 def on_topology(r2o, n_ranks, group):

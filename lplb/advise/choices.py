@@ -22,11 +22,10 @@ from lplb.arguments import MAX_GROUP_SIZE, MOST_TOKENS, check_divides, seen, who
 from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE, Hardware, hardware_by_name, layer_parts
 from lplb.formats import read_loads
 from lplb.models import ModelShape, model_by_name
-from lplb.placement import Placement
+from lplb.placement import Placement, split_evenly
 from lplb.plan import checked_solver
 from lplb.planner import Planner
 from lplb.policies import place
-from lplb.replay import split_evenly
 
 __all__ = ["EXCHANGES", "LOADS", "MOST_DIRECT", "SIZES", "generated", "loads_by_name", "recorded", "study"]
 

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 
 from lplb.arguments import MOST_TOKENS, check_divides, checked_group_size, seen, whole_number
-from lplb.placement import Placement
+from lplb.placement import Placement, split_evenly
 from lplb.plan import SolveStatus, checked_solver
 from lplb.planner import Planner
-from lplb.replay import CheckFailed, one_thread, split_evenly
+from lplb.replay import CheckFailed, one_thread
 from lplb.simulate.placers import NAMES, Placer, placer
 from lplb.simulate.simulation import Setting, Simulation
 
