@@ -167,6 +167,14 @@ def test_experts_that_drift_together_are_kept_apart():
     assert np.mean(seeing) - 1 < 0.6 * (np.mean(blind) - 1)
 
 
+def test_experts_that_drift_far_get_copies():
+    rng = np.random.default_rng(3)
+    sigma = np.where(np.arange(64) < 8, 0.9, 0.1)
+    past = rng.lognormal(-(sigma**2) / 2, sigma, (64, 64))
+    copies = place(past, n_ranks=8, n_physical=72).logcnt
+    assert int(copies[:8].sum()) - 8 >= 6
+
+
 def sent_away(placement, sent):
     """The share of tokens that cross nodes when the LP's quotas are filled with a node's own tokens first.
 

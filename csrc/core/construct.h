@@ -1,10 +1,11 @@
 // A placement built for the LP, for one set of ranks and the experts that live there. Host only.
 //
-// What the LP can level out is what its replicas reach. So copies go to the experts with most load per copy, the copies
-// of an expert to ranks that are far apart in the graph whose edges are shared experts, so that every rank can shed
-// load towards all others in few steps, with as many edges as all have. Optionally a few ranks are hubs: they hold
-// replicas alone, and so have nothing that they cannot give away. Experts with one copy, which nothing moves, are then
-// packed: by mean and standard deviation where experts drift each by itself, by samples where some drift together.
+// What the LP can level out is what its replicas reach. So copies go to the experts with most load per copy, at their
+// worst, the copies of an expert to ranks that are far apart in the graph whose edges are shared experts, so that every
+// rank can shed load towards all others in few steps, with as many edges as all have. Optionally a few ranks are hubs:
+// they hold replicas alone, and so have nothing that they cannot give away. Experts with one copy, which nothing moves,
+// are then packed: by mean and standard deviation where experts drift each by itself, by samples where some drift
+// together.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +30,7 @@ struct Case {
 // A way to build.
 struct Recipe {
   int hubs;
-  int quarters;     // copies go by mean / copies^(quarters/4)
+  int quarters;     // copies go by size / copies^(quarters/4)
   int hub_copies;   // of an expert's copies at most so many are on hubs
   double share;     // of its even share that a replica is reckoned with: less than 1 where the LP may empty it
   bool by_room;     // copies go where most room is. Fits every case; others may not (see Construction::build)
@@ -40,17 +41,18 @@ inline constexpr int kLanes = 8;  // sums of samples have as many parts
 
 using Ranks = RankSet<2>;
 
-// The number of copies of every expert: one each, and each further one to the largest mean / copies^(quarters/4).
+// The number of copies of every expert: one each, and each further one to the largest size / copies^(quarters/4). An
+// expert that drifts far gets copies as a heavy one does: its load may have to go elsewhere.
 inline std::vector<int> count_copies(const Case& c, int quarters) {
   std::vector<int> copies(c.n_experts, 1);
-  std::vector<double> weight(c.mean, c.mean + c.n_experts);
+  std::vector<double> weight(c.size, c.size + c.n_experts);
   for (int left = c.n_ranks * c.slots_per_rank - c.n_experts; left > 0; --left) {
     const auto most = std::max_element(weight.begin(), weight.end()) - weight.begin();
     const double n = ++copies[most];
     double power = n;  // exact on every machine: roots are, pow is not
     if (quarters & 1) power *= std::sqrt(std::sqrt(n));
     if (quarters & 2) power *= std::sqrt(n);
-    weight[most] = copies[most] < c.n_ranks ? c.mean[most] / power : -1.0;
+    weight[most] = copies[most] < c.n_ranks ? c.size[most] / power : -1.0;
   }
   return copies;
 }
