@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_change.h"
 #include "bindings_eplb.h"
 #include "bindings_placing.h"
 #include "cpu/planner.h"
@@ -247,6 +248,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("total", &total, py::arg("table"), py::arg("n_logical"), py::arg("loads"));
   add_placing(m);
+  add_change(m);
   m.def("add", &add, py::arg("counter"), py::arg("bytes"), py::arg("value"));
   add_eplb(m);
   py::class_<Planner>(m, "CpuPlanner")
