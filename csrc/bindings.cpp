@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_change.h"
 #include "bindings_eplb.h"
 #include "bindings_placing.h"
 #include "cpu/planner.h"
@@ -249,6 +250,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("add", &add, py::arg("counter"), py::arg("bytes"), py::arg("value"));
   add_eplb(m);
   add_placing(m);
+  add_change(m);
   py::class_<Planner>(m, "CpuPlanner")
       .def(py::init<const std::vector<int32_t>&, int, int, int, const std::vector<double>&, int>(), py::arg("phy2log"),
            py::arg("n_logical"), py::arg("n_ranks"), py::arg("group_size"), py::arg("speed"), py::arg("max_threads"))

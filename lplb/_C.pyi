@@ -104,6 +104,37 @@ def place_for_lp(
 def likely_loads(history: int, batches: int, n_logical: int, out: int) -> None:
     """Draw ``out``, float64 ``[scenarios, n_logical]``, each adding up to 1, for one layer's history."""
 
+def find_changes(
+    phy2log: int,
+    n_physical: int,
+    n_logical: int,
+    n_ranks: int,
+    group_size: int,
+    ranks_per_node: int,
+    loads: int,
+    batches: int,
+    cost: int,
+    budget: float,
+    wanted: float,
+) -> list[tuple[list[tuple[int, int]], float, float]]:
+    """Steps that lower the LP's optimum of int64 ``loads [batches, n_logical]``, most for their cost first.
+
+    ``cost``: float64 ``[n_logical]`` of writing an expert. Each step has its writes (slot, expert) and the mean
+    imbalance before and after it on the batches that it looked at. Other Python threads run meanwhile.
+    """
+
+def relabel(
+    current: int,
+    target: int,
+    n_physical: int,
+    n_logical: int,
+    n_ranks: int,
+    kind: int,
+    blocks: Sequence[int],
+    out: int,
+) -> None:
+    """Fill int32 ``out [n_physical]`` with ``target`` under the ranks and slots that keep most of ``current``."""
+
 class CpuPlanner:
     """A placement compiled for the CPU backend."""
 

@@ -1,11 +1,13 @@
 """Certified load balancing for Mixture-of-Experts expert parallelism.
 
 `Planner` maps the router's logical expert indices to physical ones so that the busiest rank of a batch has as little
-to do as its replicas allow; `Placement` says where experts live; `place` makes one from load history;
+to do as its replicas allow; `Placement` says where experts live; `place` makes one from load history
+and `plan_change` the next;
 `rebalance_experts` is EPLB.
 """
 
 from lplb import nn, topology
+from lplb.change import plan_change
 from lplb.eplb import rebalance_experts
 from lplb.placement import Placement
 from lplb.plan import Plan, SolveStatus
@@ -22,6 +24,7 @@ __all__ = [
     "__version__",
     "nn",
     "place",
+    "plan_change",
     "rebalance_experts",
     "topology",
 ]

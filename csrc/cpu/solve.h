@@ -17,12 +17,17 @@ using SolveGroupWithTraffic = void (*)(const Group& g, const Workspace& x, const
 // t* of one load, in tokens per unit of speed; core/optimum.h.
 using FindOptimum = double (*)(const Group& g, const Workspace& x, const int64_t* loads);
 
+// The same for tokens that the workspace was given already, as flow.h's bottleneck_flow() wants them: t* in units of
+// `mean`.
+using FindBottleneck = double (*)(const Group& g, const Workspace& x, double mean);
+
 // The best this processor can run, and its name.
 struct InstructionSet {
   const char* name;
   SolveGroup solve_group;
   SolveGroupWithTraffic solve_group_with_traffic;
   FindOptimum find_optimum;
+  FindBottleneck find_bottleneck;
 };
 InstructionSet best_instruction_set();
 

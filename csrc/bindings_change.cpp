@@ -1,0 +1,63 @@
+// lplb._C: changes of a placement. Addresses and sizes in, as in bindings.cpp.
+#include "bindings_change.h"
+
+#include <pybind11/stl.h>
+
+#include "cpu/change.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+py::list find_changes(Address phy2log, int n_physical, int n_logical, int n_ranks, int group_size, int ranks_per_node,
+                      Address loads, int batches, Address cost, double budget, double wanted) {
+  const lplb::ChangeTask task{at<const int32_t>(phy2log),
+                              n_physical,
+                              n_logical,
+                              n_ranks,
+                              group_size,
+                              ranks_per_node,
+                              at<const int64_t>(loads),
+                              batches,
+                              at<const double>(cost),
+                              budget,
+                              wanted};
+  lplb::ChangePath path;
+  {
+    py::gil_scoped_release release;
+    path = lplb::cpu::find_changes(task);
+  }
+  py::list steps;
+  int i = 0;
+  for (const lplb::ChangeStep& step : path.steps) {
+    py::list writes;
+    for (; i < step.end; ++i) writes.append(py::make_tuple(path.writes[i].slot, path.writes[i].expert));
+    steps.append(py::make_tuple(writes, step.before, step.after));
+  }
+  return steps;
+}
+
+void relabel(Address current, Address target, int n_physical, int n_logical, int n_ranks, Address kind,
+             const std::vector<int32_t>& blocks, Address out) {
+  py::gil_scoped_release release;
+  lplb::Relabelling(at<const int32_t>(current), at<const int32_t>(target), n_physical, n_logical, n_ranks,
+                    at<const int32_t>(kind), {blocks.data(), static_cast<int>(blocks.size())})
+      .run(at<int32_t>(out));
+}
+
+}  // namespace
+
+void add_change(py::module_& m) {
+  m.def("find_changes", &find_changes, py::arg("phy2log"), py::arg("n_physical"), py::arg("n_logical"),
+        py::arg("n_ranks"), py::arg("group_size"), py::arg("ranks_per_node"), py::arg("loads"), py::arg("batches"),
+        py::arg("cost"), py::arg("budget"), py::arg("wanted"));
+  m.def("relabel", &relabel, py::arg("current"), py::arg("target"), py::arg("n_physical"), py::arg("n_logical"),
+        py::arg("n_ranks"), py::arg("kind"), py::arg("blocks"), py::arg("out"));
+}

@@ -1,0 +1,354 @@
+// Changing a placement by few writes: a placement that can be edited, and the search for the edits that lower the LP's
+// optimum most per write.
+//
+// A step is one write, where a slot gives up a copy that its expert can spare for an expert that is crowded, or two,
+// where the slots of two ranks exchange experts. Candidates are ranked by a guess, from rank loads levelled as far as
+// the copies allow, of what they take off the loads above the mean; the best few are scored by the LP's optimum itself,
+// and the one that lowers it most for its cost is taken. Every step looks at other batches than the one before, so none
+// is fitted twice.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "draft.h"
+
+namespace lplb {
+
+struct SlotWrite {
+  int32_t slot, expert;
+};
+
+// The writes up to `end` belong to the steps so far. before, after: mean imbalance on the batches this step looked at.
+struct ChangeStep {
+  int32_t end;
+  double before, after;
+};
+
+struct ChangePath {
+  std::vector<SlotWrite> writes;
+  std::vector<ChangeStep> steps;
+};
+
+inline namespace LPLB_ISA {
+
+namespace change {
+
+inline constexpr int kFew = 8;           // batches that a step looks at, and that candidates are first scored on
+inline constexpr int kMany = 32;         // the same once steps are small
+inline constexpr double kCoarse = 5e-3;  // of the mean imbalance: steps below are small
+inline constexpr int kFinalists = 3;     // candidates that are scored on all of them
+inline constexpr int kCrowded = 24;      // experts, and slots, among which candidates are looked for
+inline constexpr int kQuietRanks = 6;    // ranks that a crowded rank may exchange experts with
+inline constexpr int kScored = 6;        // candidates of either kind that the LP scores
+
+inline constexpr double kLeastGain = 2e-4;  // of the mean imbalance, for a step
+inline constexpr double kSure = 0.5;        // standard errors
+
+struct Candidate {
+  SlotWrite first, second;  // second.slot < 0: one write alone
+  double guess;             // loads above the mean that it takes away, squared, per cost
+};
+
+// What is best of many by a score, without more memory than is kept.
+template <class T>
+class Best {
+ public:
+  explicit Best(int most) : most_(most) {}
+  void offer(double score, const T& item) {
+    if (static_cast<int>(kept_.size()) == most_ && !(score > kept_.back().score)) return;
+    if (static_cast<int>(kept_.size()) == most_) kept_.pop_back();
+    size_t i = kept_.size();
+    while (i > 0 && score > kept_[i - 1].score) --i;
+    kept_.insert(kept_.begin() + i, {score, item});
+  }
+  struct Kept {
+    double score;
+    T item;
+  };
+  const std::vector<Kept>& kept() const { return kept_; }
+
+ private:
+  int most_;
+  std::vector<Kept> kept_;
+};
+
+}  // namespace change
+
+template <class Solve>
+class ChangeSearch {
+ public:
+  ChangeSearch(const ChangeTask& task, Solve solve)
+      : task_(task),
+        solve_(solve),
+        start_(task.phy2log, task.phy2log + task.n_physical),
+        left_(static_cast<size_t>(task.n_ranks) * task.n_logical, 0) {}
+
+  ChangePath run() {
+    widen(start_, change::kFew);
+    descend(change::kCoarse);
+    if (width_ < task_.batches) {
+      const std::vector<int32_t> reached = draft_->expert_at;
+      widen(reached, change::kMany);
+      descend(0.0);
+    }
+    return path_;
+  }
+
+ private:
+  void widen(const std::vector<int32_t>& phy2log, int width) {
+    width_ = std::min(width, task_.batches);
+    ChangeTask task = task_;
+    task.phy2log = phy2log.data();
+    draft_ = std::make_unique<Draft<Solve>>(task, width_, solve_);
+    level_.assign(static_cast<size_t>(task_.n_ranks) * width_, 0.0);
+    share_.assign(static_cast<size_t>(task_.n_physical) * width_, 0.0);
+    now_.assign(width_, 0.0);
+    then_.assign(width_, 0.0);
+  }
+
+  // Takes steps until none is left, one gains less than `least`, or the imbalance is low enough.
+  void descend(double least) {
+    const int windows = (task_.batches + width_ - 1) / width_;
+    for (int i = 0;; ++i) {
+      look(i % windows, windows);
+      draft_->solve_and_level(now_.data(), level_.data(), share_.data());
+      const double now = average(now_, width_);
+      if (now <= task_.wanted || !take_best(now)) return;
+      if (path_.steps.back().before - path_.steps.back().after < least) return;
+    }
+  }
+
+  static double average(const std::vector<double>& x, int n) {
+    double sum = 0.0;
+    for (int k = 0; k < n; ++k) sum += x[k];
+    return sum / n;
+  }
+
+  void look(int window, int windows) {
+    std::vector<int> rows(width_);
+    for (int k = 0; k < width_; ++k) rows[k] = (window + k * windows) % task_.batches;
+    draft_->look_at(task_, rows);
+  }
+
+  bool at_start(int rank, int e) const {
+    const auto begin = start_.begin() + rank * draft_->n_slots, end = begin + draft_->n_slots;
+    return std::find(begin, end, e) != end;
+  }
+
+  // Of having e in a slot of that rank.
+  double price(int rank, int e) const { return at_start(rank, e) ? 0.0 : task_.cost[e]; }
+  double price_of(const SlotWrite& w) const {
+    const int r = draft_->rank_of(w.slot);
+    return price(r, w.expert) - price(r, draft_->expert_at[w.slot]);
+  }
+  double price_of(const change::Candidate& c) const {
+    return price_of(c.first) + (c.second.slot < 0 ? 0.0 : price_of(c.second));
+  }
+  // A write that undoes another is not free of all doubt.
+  double weight_of(const change::Candidate& c) const {
+    return std::max(price_of(c), 0.25 * task_.cost[c.first.expert]);
+  }
+
+  static double excess(double load) {
+    const double x = load - 1.0;
+    return x > 0.0 ? x * x : 0.0;
+  }
+
+  // What has left a rank does not come back: the search ends.
+  bool open(int rank, int e) const { return !draft_->holds(rank, e) && !left_[rank * task_.n_logical + e]; }
+
+  int node_of(int rank) const { return rank / task_.ranks_per_node; }
+  bool reaches_node(int e, int node) const {
+    for (auto left = draft_->ranks[e]; !left.empty();) {
+      const int r = left.lowest();
+      left.drop(r);
+      if (node_of(draft_->home[e] * task_.group_size + r) == node) return true;
+    }
+    return false;
+  }
+  bool may_be_copied(int e, int rank) const {
+    return draft_->home[e] == rank / task_.group_size && open(rank, e) && reaches_node(e, node_of(rank));
+  }
+  bool may_go(int e, int from, int to) const {
+    if (!open(to, e)) return false;
+    if (node_of(from) != node_of(to) && task_.ranks_per_node < task_.n_ranks) return false;
+    return draft_->count[e] == 1 || from / task_.group_size == to / task_.group_size;
+  }
+
+  void guess_copies(change::Best<change::Candidate>& best) const {
+    change::Best<int> experts(change::kCrowded);
+    std::vector<double> level(width_), share(width_);
+    for (int e = 0; e < task_.n_logical; ++e) experts.offer(crowding(e, level.data(), share.data()), e);
+    // Slots whose expert has another copy: what is lost without it, per batch.
+    change::Best<int> slots(change::kCrowded);
+    std::vector<double> level_f(width_);
+    for (int s = 0; s < task_.n_physical; ++s)
+      if (draft_->count[draft_->expert_at[s]] > 1) slots.offer(room(s, level_f.data()), s);
+    for (const auto& kept_e : experts.kept()) {
+      const int e = kept_e.item;
+      if (!(crowding(e, level.data(), share.data()) > 0.0)) break;
+      for (const auto& kept_s : slots.kept()) {
+        const int s = kept_s.item, r = draft_->rank_of(s);
+        if (!may_be_copied(e, r) || draft_->expert_at[s] == e) continue;
+        room(s, level_f.data());
+        double saved = 0.0;
+        for (int k = 0; k < width_; ++k) {
+          const double high = level[k], y_f = share_[s * width_ + k], at = level_[r * width_ + k];
+          const double low = at - y_f;
+          const double moved = std::min(share[k], std::max(0.0, 0.5 * (high - low)));
+          saved += excess(high) - excess(high - moved) + excess(at) - excess(low + moved) + excess(level_f[k]) -
+                   excess(level_f[k] + y_f);
+        }
+        change::Candidate c{{s, e}, {-1, -1}, 0.0};
+        c.guess = saved / weight_of(c);
+        if (saved > 0.0) best.offer(c.guess, c);
+      }
+    }
+  }
+
+  double crowding(int e, double* level, double* share) const {
+    double sum = 0.0;
+    for (int k = 0; k < width_; ++k) level[k] = share[k] = 0.0;
+    for (auto left = draft_->ranks[e]; !left.empty();) {
+      const int r = draft_->home[e] * task_.group_size + left.lowest();
+      left.drop(left.lowest());
+      const int s = draft_->slot_of(r, e);
+      for (int k = 0; k < width_; ++k)
+        if (share_[s * width_ + k] > 0.0 && level_[r * width_ + k] > level[k]) {
+          level[k] = level_[r * width_ + k];
+          share[k] = share_[s * width_ + k];
+        }
+    }
+    for (int k = 0; k < width_; ++k) sum += std::max(0.0, level[k] - 1.0) * share[k];
+    return sum;
+  }
+
+  // How much below the mean a rank is without what this slot takes, less what that puts above it elsewhere.
+  double room(int s, double* level_f) const {
+    const int e = draft_->expert_at[s], r = draft_->rank_of(s);
+    for (int k = 0; k < width_; ++k) level_f[k] = 1e9;
+    for (auto left = draft_->ranks[e]; !left.empty();) {
+      const int q = draft_->home[e] * task_.group_size + left.lowest();
+      left.drop(left.lowest());
+      if (q == r) continue;
+      for (int k = 0; k < width_; ++k) level_f[k] = std::min(level_f[k], level_[q * width_ + k]);
+    }
+    double sum = 0.0;
+    for (int k = 0; k < width_; ++k) {
+      const double y = share_[s * width_ + k];
+      sum += 1.0 - (level_[r * width_ + k] - y) - std::max(0.0, level_f[k] + y - 1.0);
+    }
+    return sum;
+  }
+
+  void guess_exchanges(change::Best<change::Candidate>& best) const {
+    change::Best<int> slots(change::kCrowded), quiet(change::kQuietRanks);
+    for (int r = 0; r < task_.n_ranks; ++r) {
+      double sum = 0.0;
+      for (int k = 0; k < width_; ++k) sum -= level_[r * width_ + k];
+      quiet.offer(sum, r);
+    }
+    for (int s = 0; s < task_.n_physical; ++s) {
+      double sum = 0.0;
+      const int r = draft_->rank_of(s);
+      for (int k = 0; k < width_; ++k) sum += share_[s * width_ + k] * std::max(0.0, level_[r * width_ + k] - 1.0);
+      if (sum > 0.0) slots.offer(sum, s);
+    }
+    for (const auto& kept : slots.kept())
+      for (const auto& kept_r : quiet.kept()) {
+        const int s = kept.item, q = draft_->rank_of(s), e = draft_->expert_at[s], r = kept_r.item;
+        if (q == r || !may_go(e, q, r)) continue;
+        for (int t = r * draft_->n_slots; t < (r + 1) * draft_->n_slots; ++t) {
+          const int f = draft_->expert_at[t];
+          if (!may_go(f, r, q)) continue;
+          double saved = 0.0;
+          for (int k = 0; k < width_; ++k) {
+            const double high = level_[q * width_ + k], low = level_[r * width_ + k];
+            const double moved = share_[s * width_ + k] - share_[t * width_ + k];
+            saved += excess(high) - excess(high - moved) + excess(low) - excess(low + moved);
+          }
+          if (!(saved > 0.0)) continue;
+          change::Candidate c{{t, e}, {s, f}, 0.0};
+          c.guess = saved / weight_of(c);
+          best.offer(c.guess, c);
+        }
+      }
+  }
+
+  void close(int slot) { left_[draft_->rank_of(slot) * task_.n_logical + draft_->expert_at[slot]] = 1; }
+
+  void apply(const change::Candidate& c) {
+    if (c.second.slot < 0)
+      draft_->write(c.first.slot, c.first.expert);
+    else
+      draft_->exchange(c.first.slot, c.second.slot);
+  }
+
+  // What a candidate takes off the imbalance of the first n batches, per weight; 0 unless they agree on it.
+  double try_out(const change::Candidate& c, int n) {
+    const int before = draft_->expert_at[c.first.slot];
+    const double weight = weight_of(c);
+    apply(c);
+    draft_->solve(then_.data(), n);
+    if (c.second.slot < 0)
+      draft_->write(c.first.slot, before);
+    else
+      draft_->exchange(c.first.slot, c.second.slot);
+    double sum = 0.0, squares = 0.0;
+    for (int k = 0; k < n; ++k) {
+      const double x = now_[k] - then_[k];
+      sum += x;
+      squares += x * x;
+    }
+    const double mean = sum / n, variance = std::max(0.0, squares / n - mean * mean);
+    const bool sure = mean > change::kLeastGain && mean * mean * (n - 1) >= change::kSure * change::kSure * variance;
+    return sure ? mean / weight : 0.0;
+  }
+
+  bool take_best(double now) {
+    change::Best<change::Candidate> copies(change::kScored), exchanges(change::kScored);
+    guess_copies(copies);
+    guess_exchanges(exchanges);
+    const int few = std::min(width_, change::kFew);
+    change::Best<change::Candidate> finalists(width_ == few ? 1 : change::kFinalists), best(1);
+    for (const auto* kind : {&copies, &exchanges})
+      for (const auto& kept : kind->kept()) {
+        if (spent_ + price_of(kept.item) > task_.budget) continue;
+        const double gain = try_out(kept.item, few);
+        if (gain > 0.0) finalists.offer(gain, kept.item);
+      }
+    for (const auto& kept : finalists.kept()) {
+      const double gain = width_ == few ? kept.score : try_out(kept.item, width_);
+      if (gain > 0.0) best.offer(gain, kept.item);
+    }
+    if (best.kept().empty()) return false;
+    const change::Candidate& c = best.kept()[0].item;
+    const double gain = best.kept()[0].score * weight_of(c);
+    spent_ += price_of(c);
+    path_.writes.push_back(c.first);
+    close(c.first.slot);
+    if (c.second.slot >= 0) {
+      path_.writes.push_back(c.second);
+      close(c.second.slot);
+    }
+    apply(c);
+    path_.steps.push_back({static_cast<int32_t>(path_.writes.size()), now, now - gain});
+    return true;
+  }
+
+  const ChangeTask& task_;
+  Solve solve_;
+  const std::vector<int32_t> start_;  // phy2log
+  int width_ = 0;                     // batches looked at at once
+  std::unique_ptr<Draft<Solve>> draft_;
+  std::vector<double> level_, share_, now_, then_;  // [n_ranks | n_physical, width], [width]
+  std::vector<char> left_;                          // [n_ranks, n_logical] experts that were taken off a rank
+  double spent_ = 0.0;
+  ChangePath path_;
+};
+
+}  // namespace LPLB_ISA
+}  // namespace lplb

@@ -1,0 +1,334 @@
+// A placement that can be edited slot by slot, with the LP's optimum on a few batches after every edit.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "problem.h"
+#include "rank_set.h"
+
+namespace lplb {
+
+// One layer, as the search wants it.
+struct ChangeTask {
+  const int32_t* phy2log;  // [n_physical]
+  int n_physical, n_logical, n_ranks, group_size;
+  int ranks_per_node;    // an expert stays on the nodes that have it; n_ranks where it may go anywhere in its group
+  const int64_t* loads;  // [batches, n_logical] whole tokens, or fixed point; a batch sums to less than 2^52
+  int batches;           // at least 1
+  const double* cost;    // [n_logical] of one write of an expert, above 0
+  double budget;         // of all writes together
+  double wanted;         // mean imbalance that is low enough
+};
+
+inline namespace LPLB_ISA {
+
+// solve(group, workspace, mean): t* of the loads that the workspace was given, in units of the mean, as flow.h's
+// bottleneck_flow(); its split stays in the workspace.
+template <class Solve>
+class Draft {
+ public:
+  using Set = RankSet<2>;
+
+  Draft(const ChangeTask& task, int width, Solve solve)
+      : n_ranks(task.n_ranks),
+        n_slots(task.n_physical / task.n_ranks),
+        n_logical(task.n_logical),
+        n_groups(task.n_ranks / task.group_size),
+        group_size(task.group_size),
+        n_batches(width),
+        expert_at(task.phy2log, task.phy2log + task.n_physical),
+        count(task.n_logical, 0),
+        home(task.n_logical, 0),
+        ranks(task.n_logical, Set::none()),
+        load(static_cast<size_t>(task.n_logical) * width, 0),
+        single(static_cast<size_t>(task.n_ranks) * width, 0),
+        total(static_cast<size_t>(n_groups) * width, 0),
+        mean(width, 0.0),
+        optimum(static_cast<size_t>(n_groups) * width, 0.0),
+        solve_(solve),
+        words_(set_words(task.group_size)),
+        ones_(task.group_size, 1.0),
+        groups_(n_groups) {
+    for (int s = 0; s < task.n_physical; ++s) {
+      const int e = expert_at[s];
+      ++count[e];
+      home[e] = rank_of(s) / group_size;
+      ranks[e].add(rank_of(s) % group_size);
+    }
+    for (Compiled& c : groups_) reserve(c);
+  }
+
+  int rank_of(int slot) const { return slot / n_slots; }
+  int slot_of(int rank, int e) const {  // the rank holds it
+    int s = rank * n_slots;
+    while (expert_at[s] != e) ++s;
+    return s;
+  }
+  bool holds(int rank, int e) const { return home[e] == rank / group_size && ranks[e].has(rank % group_size); }
+
+  // Looks at other batches: rows [n_batches] of loads.
+  void look_at(const ChangeTask& task, const std::vector<int>& rows) {
+    std::fill(single.begin(), single.end(), 0);
+    std::fill(total.begin(), total.end(), 0);
+    for (int k = 0; k < n_batches; ++k) {
+      const int64_t* row = task.loads + static_cast<int64_t>(rows[k]) * n_logical;
+      int64_t sum = 0;
+      for (int e = 0; e < n_logical; ++e) {
+        load[e * n_batches + k] = row[e];
+        total[home[e] * n_batches + k] += row[e];
+        if (count[e] == 1) single[alone(e) * n_batches + k] += row[e];
+        sum += row[e];
+      }
+      mean[k] = static_cast<double>(sum) / n_ranks;
+    }
+    for (Compiled& c : groups_) c.n_solved = 0;
+  }
+
+  // Another expert into a slot whose expert has a slot elsewhere in the group.
+  void write(int slot, int e) {
+    const int r = rank_of(slot), f = expert_at[slot];
+    leave(f, r);
+    enter(e, r);
+    expert_at[slot] = e;
+  }
+
+  // The experts of two slots change places.
+  void exchange(int a, int b) {
+    const int r = rank_of(a), q = rank_of(b), e = expert_at[a], f = expert_at[b];
+    leave(e, r);
+    leave(f, q);
+    enter(e, q);
+    enter(f, r);
+    expert_at[a] = f;
+    expert_at[b] = e;
+  }
+
+  // Imbalance of the first batches, the busiest rank of all groups over the mean of all ranks, [n].
+  void solve(double* imbalance, int n) {
+    for (int g = 0; g < n_groups; ++g) {
+      Compiled& c = groups_[g];
+      if (!c.compiled) compile(g);
+      for (; c.n_solved < n; ++c.n_solved) optimum[g * n_batches + c.n_solved] = solve_group(g, c.n_solved);
+    }
+    for (int k = 0; k < n; ++k) {
+      imbalance[k] = 1.0;
+      for (int g = 0; g < n_groups; ++g) imbalance[k] = std::max(imbalance[k], optimum[g * n_batches + k]);
+    }
+  }
+
+  // The same for all batches, and what levelled loads it leaves: rank_level [n_ranks, n_batches], share [n_physical,
+  // n_batches], both over the mean.
+  void solve_and_level(double* imbalance, double* rank_level, double* share) {
+    for (int g = 0; g < n_groups; ++g) {
+      if (!groups_[g].compiled) compile(g);
+      for (int k = 0; k < n_batches; ++k) {
+        optimum[g * n_batches + k] = solve_group(g, k);
+        level(g, k, rank_level, share);
+      }
+      groups_[g].n_solved = n_batches;
+    }
+    solve(imbalance, n_batches);
+    for (size_t s = 0; s < expert_at.size(); ++s)
+      if (count[expert_at[s]] == 1)
+        for (int k = 0; k < n_batches; ++k)
+          share[s * n_batches + k] =
+              mean[k] > 0.0 ? static_cast<double>(load[expert_at[s] * n_batches + k]) / mean[k] : 0.0;
+  }
+
+  const int n_ranks, n_slots, n_logical, n_groups, group_size, n_batches;
+  std::vector<int32_t> expert_at, count, home;  // of slots; of experts: copies, group
+  std::vector<Set> ranks;                       // of experts, in their group
+  std::vector<int64_t> load, single, total;     // [n_logical | n_ranks | n_groups, n_batches]
+  std::vector<double> mean, optimum;            // [n_batches], [n_groups, n_batches]
+
+ private:
+  // A group as the flow solver reads it: experts with one slot are tokens of their ranks and nothing else.
+  struct Compiled {
+    Group view{};
+    bool compiled = false;
+    int n_solved = 0;  // batches whose optimum is known
+    std::vector<int32_t> expert_begin, expert_logical, replica_rank, replica_expert, rank_begin, rank_replica;
+    std::vector<uint64_t> expert_ranks, rank_replica_ranks;
+    std::vector<std::byte> memory;
+    Workspace space{};
+  };
+
+  int alone(int e) const { return home[e] * group_size + ranks[e].lowest(); }
+
+  void add_single(int e, int r, int sign) {
+    for (int k = 0; k < n_batches; ++k) single[r * n_batches + k] += sign * load[e * n_batches + k];
+  }
+
+  void add_total(int e, int g, int sign) {
+    for (int k = 0; k < n_batches; ++k) total[g * n_batches + k] += sign * load[e * n_batches + k];
+  }
+
+  void touch(int g) {
+    groups_[g].compiled = false;
+    groups_[g].n_solved = 0;
+  }
+
+  void leave(int e, int r) {
+    if (count[e] == 1) {
+      add_single(e, r, -1);
+      add_total(e, home[e], -1);
+    }
+    --count[e];
+    ranks[e].drop(r % group_size);
+    if (count[e] == 1) add_single(e, alone(e), 1);
+    touch(r / group_size);
+  }
+
+  void enter(int e, int r) {
+    if (count[e] == 0) {
+      home[e] = r / group_size;
+      add_single(e, r, 1);
+      add_total(e, home[e], 1);
+    } else if (count[e] == 1) {
+      add_single(e, alone(e), -1);
+    }
+    ++count[e];
+    ranks[e].add(r % group_size);
+    touch(r / group_size);
+  }
+
+  // Room for any placement of as many slots.
+  void reserve(Compiled& c) {
+    const size_t slots = static_cast<size_t>(group_size) * n_slots;
+    c.expert_begin.resize(slots + 1);
+    for (auto* of_slots : {&c.expert_logical, &c.replica_rank, &c.replica_expert, &c.rank_replica})
+      of_slots->resize(slots);
+    c.rank_begin.resize(group_size + 1);
+    c.expert_ranks.resize(words_ * slots);
+    c.rank_replica_ranks.resize(words_ * slots);
+    Group& v = c.view;
+    v.n_ranks = group_size;
+    v.n_padded = group_size;
+    v.unit_speed = true;
+    v.n_experts = v.n_replicas = static_cast<int>(slots);
+    c.memory.resize(solve_bytes(v) + kAlign);
+    std::byte* base = c.memory.data();
+    carve(v, base + (kAlign - reinterpret_cast<uintptr_t>(base) % kAlign) % kAlign, c.space);
+    v.expert_begin = c.expert_begin.data();
+    v.expert_logical = c.expert_logical.data();
+    v.replica_rank = c.replica_rank.data();
+    v.replica_expert = c.replica_expert.data();
+    v.rank_begin = c.rank_begin.data();
+    v.rank_replica = c.rank_replica.data();
+    v.expert_ranks = c.expert_ranks.data();
+    v.rank_replica_ranks = c.rank_replica_ranks.data();
+    v.speed = v.inv_speed = ones_.data();
+  }
+
+  // In the order of problem.h: experts by ascending number of copies.
+  void compile(int g) {
+    Compiled& c = groups_[g];
+    Group& v = c.view;
+    int begin[kMaxGroup + 2] = {};  // by number of copies
+    for (int e = 0; e < n_logical; ++e)
+      if (count[e] > 1 && home[e] == g) ++begin[count[e] + 1];
+    for (int n = 0; n <= kMaxGroup; ++n) begin[n + 1] += begin[n];
+    v.n_experts = begin[kMaxGroup + 1];
+    for (int e = 0; e < n_logical; ++e)
+      if (count[e] > 1 && home[e] == g) c.expert_logical[begin[count[e]]++] = e;
+
+    std::fill(c.rank_begin.begin(), c.rank_begin.end(), 0);
+    int p = 0;
+    for (int i = 0; i < v.n_experts; ++i) {
+      c.expert_begin[i] = p;
+      const Set held = ranks[c.expert_logical[i]];
+      for (int w = 0; w < words_; ++w) c.expert_ranks[words_ * i + w] = held.word[w];
+      for (Set left = held; !left.empty(); ++p) {
+        const int r = left.lowest();
+        left.drop(r);
+        c.replica_rank[p] = r;
+        c.replica_expert[p] = i;
+        ++c.rank_begin[r + 1];
+      }
+    }
+    c.expert_begin[v.n_experts] = v.n_replicas = p;
+    int next[kMaxGroup];
+    for (int r = 0; r < group_size; ++r) {
+      c.rank_begin[r + 1] += c.rank_begin[r];
+      next[r] = c.rank_begin[r];
+    }
+    for (p = 0; p < v.n_replicas; ++p) {
+      const int i = next[c.replica_rank[p]]++;
+      c.rank_replica[i] = p;
+      for (int w = 0; w < words_; ++w)
+        c.rank_replica_ranks[words_ * i + w] = c.expert_ranks[words_ * c.replica_expert[p] + w];
+    }
+    c.compiled = true;
+  }
+
+  // Over the mean of all ranks.
+  double solve_group(int g, int k) {
+    Compiled& c = groups_[g];
+    const Workspace& x = c.space;
+    const double own = static_cast<double>(total[g * n_batches + k]) / group_size;
+    if (!(own > 0.0)) return 0.0;
+    const double inv = 1.0 / own;
+    for (int r = 0; r < group_size; ++r) {
+      x.single_tokens[r] = single[(g * group_size + r) * n_batches + k];
+      x.a[r] = static_cast<double>(x.single_tokens[r]) * inv;
+    }
+    for (int i = 0; i < c.view.n_experts; ++i) {
+      x.tokens[i] = load[c.expert_logical[i] * n_batches + k];
+      x.w[i] = static_cast<double>(x.tokens[i]) * inv;
+    }
+    return solve_(c.view, x, own) * own / mean[k];
+  }
+
+  // The flow solver leaves ranks below the busiest as they come. A few rounds in which every expert in turn fills its
+  // ranks to one level bring their loads near the most even ones.
+  void level(int g, int k, double* rank_level, double* share) {
+    const Compiled& c = groups_[g];
+    const Workspace& x = c.space;
+    const double own = static_cast<double>(total[g * n_batches + k]) / group_size;
+    const double scale = mean[k] > 0.0 ? own / mean[k] : 0.0;
+    for (int round = 0; own > 0.0 && round < kLevelRounds; ++round)
+      for (int i = 0; i < c.view.n_experts; ++i) fill_evenly(c, i);
+    for (int r = 0; r < group_size; ++r)
+      rank_level[(g * group_size + r) * n_batches + k] = own > 0.0 ? x.rank_load[r] * scale : 0.0;
+    for (int p = 0; p < c.view.n_replicas; ++p) {
+      const int s = slot_of(g * group_size + c.replica_rank[p], c.expert_logical[c.replica_expert[p]]);
+      share[s * n_batches + k] = own > 0.0 ? x.y[p] * scale : 0.0;
+    }
+  }
+
+  void fill_evenly(const Compiled& c, int i) {
+    const Workspace& x = c.space;
+    const int begin = c.expert_begin[i], end = c.expert_begin[i + 1];
+    for (int p = begin; p < end; ++p) x.rank_load[c.replica_rank[p]] -= x.y[p];
+    if (!(x.w[i] > 0.0)) return;
+    // Ranks above the line take nothing and are left out, until none is.
+    double line = 1e300;
+    for (int n = end - begin + 1, before = n + 1; n > 0 && n < before;) {
+      before = n;
+      n = 0;
+      double sum = x.w[i];
+      for (int p = begin; p < end; ++p) {
+        const double load = x.rank_load[c.replica_rank[p]];
+        if (load < line) sum += load, ++n;
+      }
+      if (n > 0) line = sum / n;
+    }
+    for (int p = begin; p < end; ++p) {
+      const int r = c.replica_rank[p];
+      x.y[p] = std::max(0.0, line - x.rank_load[r]);
+      x.rank_load[r] += x.y[p];
+    }
+  }
+
+  static constexpr size_t kAlign = 64;
+  static constexpr int kLevelRounds = 3;
+  Solve solve_;
+  const int words_;
+  std::vector<double> ones_;
+  std::vector<Compiled> groups_;
+};
+
+}  // namespace LPLB_ISA
+}  // namespace lplb
