@@ -52,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--policy",
         nargs="+",
-        default=["none", "eplb", "eplb-distinct", "lp"],
+        default=["none", "eplb", "eplb-distinct", "lp", "lp-change"],
         choices=NAMES,
         metavar="NAME",
-        help=f"of {', '.join(NAMES)} (default: none eplb eplb-distinct lp)",
+        help=f"of {', '.join(NAMES)} (default: none eplb eplb-distinct lp lp-change)",
     )
     what.add_argument("--split", nargs="+", default=["even", "lp"], choices=SPLITS, help="default: even lp")
     slots = what.add_mutually_exclusive_group()

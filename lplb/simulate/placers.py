@@ -10,15 +10,19 @@ import torch
 
 from lplb import topology
 from lplb.arguments import check_divides
+from lplb.change import plan_change
 from lplb.placement import Placement
 from lplb.planner import Planner
 from lplb.policies import POLICIES, place
 from lplb.simulate.simulation import Setting
 
-__all__ = ["NAMES", "TOPOLOGIES", "Placer", "placer", "topology_by_name"]
+__all__ = ["CHANGE", "NAMES", "TOPOLOGIES", "Placer", "placer", "topology_by_name"]
 
 TOPOLOGIES = ("cube", "hypercube", "torus", "ring", "circulant")
-NAMES = ("none", *POLICIES, *TOPOLOGIES)
+CHANGE = "lp-change"
+"""Placed for the LP once; from then on the few moves that `lplb.plan_change` finds worth making."""
+
+NAMES = ("none", *POLICIES, CHANGE, *TOPOLOGIES)
 """Every policy that has a name."""
 
 _Ints = npt.NDArray[np.int64]
@@ -116,7 +120,7 @@ def placer(setting: Setting, n_groups: int) -> Placer:
             _nowhere_empty(history),
             n_ranks=s.n_ranks,
             n_physical=s.n_physical,
-            policy=s.policy,
+            policy="lp" if s.policy == CHANGE else s.policy,
             group_size=s.group_size,
             n_groups=n_groups,
             n_nodes=s.n_nodes,
@@ -126,7 +130,31 @@ def placer(setting: Setting, n_groups: int) -> Placer:
         assert isinstance(placed, list)
         return placed
 
-    return by_policy
+    return _changing(setting, n_groups, by_policy) if s.policy == CHANGE else by_policy
+
+
+def _changing(setting: Setting, n_groups: int, first: Placer) -> Placer:
+    """Return a policy that places once and then changes what is there."""
+    n_nodes = 1 if n_groups % setting.n_nodes else setting.n_nodes  # node-limited routing keeps experts on their node
+    current: list[Placement] = []
+
+    def change(history: _Ints) -> list[Placement]:
+        nonlocal current
+        if not current:
+            current = first(history)
+        else:
+            changes = plan_change(
+                current,
+                _nowhere_empty(history),
+                group_size=setting.group_size,
+                n_nodes=n_nodes,
+                fallback=setting.split,
+            )
+            assert isinstance(changes, list)
+            current = [change.placement for change in changes]
+        return current
+
+    return change
 
 
 def _nowhere_empty(history: _Ints) -> _Ints:

@@ -66,10 +66,11 @@ def simulate(
         n_ranks: ranks. More than 128 need a ``group_size``.
         n_physical: slots on all ranks, a multiple of ``n_ranks``; by default two redundant ones per rank, but none
             for ``"none"``, which allows no other.
-        policy: who places experts: ``"lp"``, ``"eplb"`` or ``"eplb-distinct"`` of `lplb.place`; ``"none"``, one slot
-            each, in order; a topology of LPLB by name, see `topology_by_name`, re-mapped at each refresh; or a function
-            from history, int64 ``[layers, batches, n_logical]``, to one `Placement` per layer. It is called in the
-            order of batches, so it may go on from what it placed before.
+        policy: who places experts: ``"lp"``, ``"eplb"`` or ``"eplb-distinct"`` of `lplb.place`;
+            ``"lp-change"``, ``"lp"`` once and then few moves by `lplb.plan_change`; ``"none"``, one slot each, in
+            order; a topology of LPLB by name, see `topology_by_name`, re-mapped at each refresh; or a function from
+            history, int64 ``[layers, batches, n_logical]``, to one `Placement` per layer. It is called in the order of
+            batches, so it may go on from what it placed before.
         split: ``"lp"`` is the optimum of each batch; ``"even"`` deals every expert's tokens out evenly over its copies.
         group_size: consecutive ranks that balance among themselves, at most 128, a divisor of ``n_ranks``; by default
             all.
