@@ -121,6 +121,7 @@ class Outlook {
 
  private:
   void estimate_drift();
+  size_t step() const;
 
   size_t n_logical_;
   std::vector<double> share_;  // [batches, n_logical] each batch adding up to 1; empty ones are left out
@@ -161,13 +162,22 @@ inline void Outlook::estimate_drift() {
   }
 }
 
+// From one scenario's batch to the next one's: far, so that the first scenarios see all of a long history, and without
+// a factor in common with the number of batches, so that all get their turn.
+inline size_t Outlook::step() const {
+  size_t step = batches() * 618 / 1000;
+  while (std::gcd(step, batches()) != 1) ++step;
+  return step;
+}
+
 template <class Use>
 void Outlook::draw(int n, const std::vector<float>& z, bool stressed, Use use) const {
   const bool one = batches() == 1;
   const double with_batch = std::sqrt(kWithBatch), alone = std::sqrt(1.0 - kWithBatch);
+  const size_t step = this->step();
   std::vector<double> w(n_logical_);
   for (size_t s = 0; s < static_cast<size_t>(n); ++s) {
-    const double* batch = &share_[s % batches() * n_logical_];
+    const double* batch = &share_[s * step % batches() * n_logical_];
     const double own =
         (one ? kDrift[(s + s / kStressEvery) % 2] / kDrift[1] : alone) * (stressed && is_stress(s) ? kStress : 1.0);
     double sum = 0.0;

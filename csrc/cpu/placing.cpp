@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kAlign = 64;
 constexpr int kFixedPointBits = 50;  // of a sum of loads: whole numbers that doubles and their sums hold exactly
+constexpr int kMostExponent = 1000;  // of the scale: it stays finite
 
 // The race of candidates: after so many scenarios so many are left, the best.
 struct Heat {
@@ -24,8 +25,10 @@ struct Heat {
   size_t left;
 };
 constexpr Heat kHeats[] = {{24, 6}, {80, 3}, {kScenarios, 1}};
-constexpr size_t kWithSamples = 4;            // recipes that are built a second time
-constexpr int kChunk = 48;                    // scenarios between one look at the sum and the next
+static_assert(kSamples % placing::kLanes == 0);
+constexpr size_t kWithSamples = 4;  // recipes that are built a second time
+constexpr int kChunk = 48;          // scenarios between one look at the sum and the next
+static_assert(kScenarios % kChunk == 0 && kChunk % placing::kStressEvery == 0);
 constexpr double kRounding = 1e-6;            // of a scenario's sum, at most, is lost in fixed point
 constexpr double kOne = 1099511627776.0;      // 2^40: tokens of a scenario, in fixed point
 constexpr double kStressWeight = 1.0 / 1024;  // decides where all likely loads can be levelled out
@@ -54,7 +57,7 @@ double to_fixed_point(const double* loads, int n, int64_t* out) {
   for (int e = 0; e < n; ++e) sum += loads[e];
   int exponent = kFixedPointBits;  // sum < 2^exponent
   if (sum > 0.0) std::frexp(sum, &exponent);
-  const double scale = std::ldexp(1.0, kFixedPointBits - exponent);
+  const double scale = std::ldexp(1.0, std::min(kFixedPointBits - exponent, kMostExponent));
   for (int e = 0; e < n; ++e) out[e] = std::llrint(loads[e] * scale);
   return scale;
 }
@@ -212,52 +215,71 @@ std::vector<int32_t> experts_of(const int32_t* phy2log, int n_slots) {
   return experts;
 }
 
+// What a layer is placed by: scenarios [kScenarios, n_logical] in fixed point; samples [n_logical, kSamples] in mean
+// rank loads, none where nothing is known of how experts drift together.
+struct Draws {
+  std::vector<int64_t> scenarios;
+  std::vector<float> samples;
+};
+
+Draws draw_loads(const Geometry& m, const placing::Outlook& outlook, const Deviations& z) {
+  const size_t n = m.n_logical;
+  Draws draws;
+  outlook.draw(kScenarios, z.scenarios, true, [&](size_t, const double* loads) {
+    for (size_t e = 0; e < n; ++e) draws.scenarios.push_back(static_cast<int64_t>(loads[e] * kOne));
+  });
+  if (outlook.batches() == 1) return draws;
+  draws.samples.resize(n * kSamples);
+  outlook.draw(kSamples, z.samples, false, [&](size_t s, const double* loads) {
+    for (size_t e = 0; e < n; ++e) draws.samples[e * kSamples + s] = static_cast<float>(loads[e] * m.n_ranks);
+  });
+  return draws;
+}
+
+// The best placement of some experts on the ranks of one part.
+Candidate place_part(const Geometry& m, const placing::Outlook& outlook, const Draws& draws,
+                     const std::vector<int32_t>& experts, Scratch& scratch) {
+  std::vector<double> mean, size;
+  std::vector<float> samples;
+  for (const int32_t e : experts) {
+    mean.push_back(outlook.mean()[e] * m.n_ranks);
+    size.push_back((outlook.mean()[e] + kSpreads * outlook.spread()[e]) * m.n_ranks);
+    if (draws.samples.empty()) continue;
+    const auto first = draws.samples.begin() + static_cast<ptrdiff_t>(e) * kSamples;
+    samples.insert(samples.end(), first, first + kSamples);
+  }
+  std::vector<int64_t> loads;
+  for (int s = 0; s < kScenarios; ++s)
+    for (const int32_t e : experts) loads.push_back(draws.scenarios[static_cast<size_t>(s) * m.n_logical + e]);
+  const Case c{
+      static_cast<int>(experts.size()), m.n_ranks / m.n_parts, m.n_physical / m.n_ranks, mean.data(), size.data(),
+      samples.empty() ? 0 : kSamples,   samples.data()};
+  return best_of(c, loads.data(), m.even, scratch);
+}
+
 void place_layer(const Geometry& m, const placing::Outlook& outlook, const Deviations& z, int32_t* phy2log,
                  Scratch& scratch) {
-  const int n_ranks = m.n_ranks / m.n_parts, n_slots = m.n_physical / m.n_parts;
-  const size_t n_logical = m.n_logical;
-  std::vector<int64_t> scenarios(kScenarios * n_logical);
-  outlook.draw(kScenarios, z.scenarios, true, [&](size_t s, const double* loads) {
-    for (size_t e = 0; e < n_logical; ++e) scenarios[s * n_logical + e] = static_cast<int64_t>(loads[e] * kOne);
-  });
-  std::vector<float> samples(n_logical * kSamples);
-  if (outlook.batches() > 1)
-    outlook.draw(kSamples, z.samples, false, [&](size_t s, const double* loads) {
-      for (size_t e = 0; e < n_logical; ++e) samples[e * kSamples + s] = static_cast<float>(loads[e] * m.n_ranks);
-    });
-
+  const Draws draws = draw_loads(m, outlook, z);
+  const int n_slots = m.n_physical / m.n_parts;
   std::vector<int32_t> placed;
   Costs costs;
   for (int p = 0; p < m.n_parts; ++p) {
     const std::vector<int32_t> experts = experts_of(phy2log + p * n_slots, n_slots);
-    const int n = static_cast<int>(experts.size());
-    std::vector<double> mean, size;
-    std::vector<int64_t> loads;
-    std::vector<float> own;
-    for (const int32_t e : experts) {
-      mean.push_back(outlook.mean()[e] * m.n_ranks);
-      size.push_back((outlook.mean()[e] + kSpreads * outlook.spread()[e]) * m.n_ranks);
-      own.insert(own.end(), &samples[e * size_t{kSamples}], &samples[(e + 1) * size_t{kSamples}]);
-    }
-    for (int s = 0; s < kScenarios; ++s)
-      for (const int32_t e : experts) loads.push_back(scenarios[s * n_logical + e]);
-    const Case c{n,         n_ranks, n_slots / n_ranks, mean.data(), size.data(), outlook.batches() > 1 ? kSamples : 0,
-                 own.data()};
-    const Candidate best = best_of(c, loads.data(), m.even, scratch);
+    const Candidate best = place_part(m, outlook, draws, experts, scratch);
     for (const int32_t e : best.slots()) placed.push_back(experts[e]);
     if (p == 0)
       costs = best.costs();
     else
       costs.join(best.costs());
   }
-  Candidate given({}, {phy2log, phy2log + m.n_physical}, m.n_logical, m.n_ranks, n_ranks, m.even);
   const double found = costs.sum();
   const double least = (m.even ? 2.0 : 1.0) * kOne / m.n_ranks * (1.0 - kRounding);  // the mean, in every split
-  int likely = kScenarios - kScenarios / placing::kStressEvery;
+  Candidate given({}, {phy2log, phy2log + m.n_physical}, m.n_logical, m.n_ranks, m.n_ranks / m.n_parts, m.even);
+  int left = placing::kLikely;
   for (int end = kChunk; end <= kScenarios; end += kChunk) {
-    given.run(scenarios.data(), end, scratch);
-    likely -= kChunk - kChunk / placing::kStressEvery;
-    if (given.sum() + likely * least < found) continue;
+    given.run(draws.scenarios.data(), end, scratch);
+    left -= kChunk - kChunk / placing::kStressEvery;
+    if (given.sum() + left * least < found) continue;  // it may win yet, and has at the end
     std::copy(placed.begin(), placed.end(), phy2log);
     return;
   }
