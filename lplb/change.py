@@ -34,6 +34,7 @@ _FEWEST_SCENARIOS = 16  # half of them to search on, half to judge by
 _MOST_SCENARIOS = 128
 _SURE = 3.0  # standard errors
 _LITTLE = 0.5  # of a re-solve's gain: what few moves have to reach, or all of them are made
+_NEARLY = 0.99  # of what the search found: its last steps bring little
 _FIXED_POINT = 2.0**45  # what a batch of loads that are no whole numbers sums to
 
 
@@ -359,7 +360,7 @@ def _plan_layer(
     path = [p for p in _path(current, search, before, limits, ground) if judge.allows(p)]
     chosen = judge.rate(path[-1] if path else judge.slots)
     resolved: _Candidate | None = None
-    enough = limits.gain * min(before - 1.0, chosen.gain)
+    enough = min(limits.gain * (before - 1.0), _NEARLY * chosen.gain)
     made = chosen.gain < _LITTLE * (before - 1.0) and chosen.gain >= limits.min_gain and ground.n_nodes == 1
     if chosen.gain < limits.gain * (before - 1.0) and (target is not None or made):
         resolved = judge.rate(_resolve(current, search, ground, target))

@@ -36,17 +36,17 @@ inline namespace LPLB_ISA {
 
 namespace change {
 
-inline constexpr int kFew = 6;           // batches that a step looks at, and that candidates are first scored on
-inline constexpr int kMany = 32;         // the same once steps are small
-inline constexpr double kCoarse = 5e-3;  // of the mean imbalance: steps below are small
+inline constexpr int kFew = 6;           // batches that candidates are guessed from and first scored on
+inline constexpr int kMany = 32;         // batches that the best of them are scored on
+inline constexpr double kCoarse = 5e-3;  // of the imbalance: a step on the batches' sum that gains less is its last
 inline constexpr int kIdle = 3;          // steps in a row that find nothing, each among other batches
 inline constexpr int kFinalists = 3;     // candidates that are scored on all of them
 inline constexpr int kCrowded = 24;      // experts, and slots, among which candidates are looked for
 inline constexpr int kQuietRanks = 6;    // ranks that a crowded rank may exchange experts with
 inline constexpr int kScored = 6;        // candidates of either kind that the LP scores
 
-inline constexpr double kLeastGain = 2e-4;  // of the mean imbalance, for a step
-inline constexpr double kSure = 0.5;        // standard errors
+inline constexpr double kLeastGain = 2e-4;           // of the mean imbalance, for a step
+inline constexpr double kLikely = 0.0, kSure = 1.0;  // standard errors, on a few batches and on all
 
 struct Candidate {
   SlotWrite first, second;  // second.slot < 0: one write alone
@@ -87,32 +87,41 @@ class ChangeSearch {
         left_(static_cast<size_t>(task.n_ranks) * task.n_logical, 0) {}
 
   ChangePath run() {
-    widen(start_, change::kFew);
-    descend(change::kCoarse);
-    if (width_ < task_.batches) {
-      const std::vector<int32_t> reached = draft_->expert_at;
-      widen(reached, change::kMany);
-      descend(0.0);
-    }
+    descend_on_sum();
+    const std::vector<int32_t> reached = draft_ ? draft_->expert_at : start_;
+    widen(task_, reached, change::kMany);
+    descend(0.0, std::min(change::kIdle, (task_.batches + few_ - 1) / few_));
     return path_;
   }
 
  private:
-  void widen(const std::vector<int32_t>& phy2log, int width) {
-    width_ = std::min(width, task_.batches);
+  // Where the batches' sum is far from balanced, it says enough by itself, and is quick to ask.
+  void descend_on_sum() {
+    std::vector<int64_t> sum(task_.n_logical, 0);
+    for (int b = 0; b < task_.batches; ++b)
+      for (int e = 0; e < task_.n_logical; ++e) sum[e] += task_.loads[static_cast<int64_t>(b) * task_.n_logical + e];
     ChangeTask task = task_;
-    task.phy2log = phy2log.data();
-    draft_ = std::make_unique<Draft<Solve>>(task, width_, solve_);
+    task.loads = sum.data();
+    task.batches = 1;
+    widen(task, start_, 1);
+    descend(change::kCoarse, 1);
+  }
+
+  void widen(const ChangeTask& task, const std::vector<int32_t>& phy2log, int width) {
+    now_task_ = task;
+    now_task_.phy2log = phy2log.data();
+    width_ = std::min(width, task.batches);
     few_ = std::min(change::kFew, width_);
+    draft_ = std::make_unique<Draft<Solve>>(now_task_, width_, solve_);
     level_.assign(static_cast<size_t>(task_.n_ranks) * few_, 0.0);
     share_.assign(static_cast<size_t>(task_.n_physical) * few_, 0.0);
     now_.assign(width_, 0.0);
     then_.assign(width_, 0.0);
   }
 
-  // Takes steps until none is left, one gains less than `least`, or the imbalance is low enough.
-  void descend(double least) {
-    const int most_idle = least > 0.0 ? 1 : std::min(change::kIdle, (task_.batches + few_ - 1) / few_);
+  // Takes steps until the imbalance is low enough, one gains less than `least`, or so many in a row find nothing, each
+  // among other batches.
+  void descend(double least, int most_idle) {
     for (int step = 0, idle = 0; idle < most_idle; ++step) {
       look(step);
       draft_->solve_and_level(now_.data(), few_, level_.data(), share_.data());
@@ -136,12 +145,12 @@ class ChangeSearch {
   // Batches far apart are next to each other in this order, and every step begins with others.
   void look(int step) {
     std::vector<int> rows(width_);
-    const int stride = (task_.batches + few_ - 1) / few_;
+    const int stride = (now_task_.batches + few_ - 1) / few_;
     for (int k = 0; k < width_; ++k) {
       const int i = (step * few_ + k) % (stride * few_);
-      rows[k] = (i / few_ + i % few_ * stride) % task_.batches;
+      rows[k] = (i / few_ + i % few_ * stride) % now_task_.batches;
     }
-    draft_->look_at(task_, rows);
+    draft_->look_at(now_task_, rows);
   }
 
   bool at_start(int rank, int e) const {
@@ -313,7 +322,8 @@ class ChangeSearch {
       squares += x * x;
     }
     const double mean = sum / n, variance = std::max(0.0, squares / n - mean * mean);
-    const bool sure = mean > change::kLeastGain && mean * mean * (n - 1) >= change::kSure * change::kSure * variance;
+    const double sure_by = n < width_ ? change::kLikely : change::kSure;
+    const bool sure = mean > change::kLeastGain && mean * mean * (n - 1) >= sure_by * sure_by * variance;
     return sure ? mean / weight : 0.0;
   }
 
@@ -348,6 +358,7 @@ class ChangeSearch {
   }
 
   const ChangeTask& task_;
+  ChangeTask now_task_{};  // the batches that are looked at
   Solve solve_;
   const std::vector<int32_t> start_;  // phy2log
   int width_ = 0, few_ = 0;           // batches looked at at once; those of them that candidates are guessed from
