@@ -20,19 +20,21 @@ import torch
 from lplb import _C
 from lplb.arguments import check_divides, checked_group_size, seen, whole_number
 from lplb.placement import Placement
-from lplb.policies import FALLBACKS, _checked_history, imbalance, place
+from lplb.policies import FALLBACKS, _checked_history, place
 from lplb.weights.moves import Move, moves_between
 
 __all__ = ["Change", "plan_change", "relabel"]
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
+_Slots = npt.NDArray[np.int32]  # a phy2log, [n_physical], labelled as the current placement
 _Array = torch.Tensor | npt.NDArray[Any] | Sequence[Any]
 
 _FEWEST_SCENARIOS = 16  # half of them to search on, half to judge by
 _MOST_SCENARIOS = 128
 _SURE = 3.0  # standard errors
 _LITTLE = 0.5  # of a re-solve's gain: what few moves have to reach, or all of them are made
+_NEARLY = 0.99  # of what the search found: its last steps bring little
 _FIXED_POINT = 2.0**45  # what a batch of loads that are no whole numbers sums to
 
 
@@ -148,13 +150,15 @@ def plan_change(
     One step after another: a slot gives up a copy that its expert can spare for an expert that is crowded, or two ranks
     exchange experts; always what lowers the LP's optimum most per move, or per byte where experts differ. The search
     sees every other batch of the history. What it found is judged on the batches in between, and moves nothing unless
-    the gain there is ``min_gain`` at least, and three standard errors away from none: noise alone moves nothing. Of a
-    short history in whole tokens, each batch is dealt out at random into smaller ones, of which each is as noisy as
-    its tokens are few; one of fewer than 16 batches that are no whole numbers is taken as it is, as if without noise.
+    the gain there is ``min_gain``, for every tenth of the slots if more are moved, and three standard errors away from
+    none: noise alone moves nothing. Of a short history in whole tokens, each batch is dealt out at random into smaller
+    ones, of which each is as noisy as its tokens are few; one of fewer than 16 batches that are no whole numbers is
+    taken as it is, as if without noise.
 
-    Where the search ends before it has the share ``gain`` of all that is lost to imbalance, the share is of the gain of
-    a full re-solve: of ``target``, or of one made for the purpose where few moves gain something. The re-solve itself,
-    relabelled, is taken only where few moves reach less than half of its gain and the budget allows for it.
+    ``gain`` is a share of what can be gained: of what a full re-solve gains, if it is given as ``target``; otherwise of
+    all that is lost to imbalance or, where the search ends before, of what it found. A re-solve is made only where few
+    moves gain something but less than half of what is lost; it is taken, relabelled, where they gain less than half of
+    what it does, the budget allows for it, and what it gains beyond them is worth its moves.
 
     The result depends on the arguments alone.
 
@@ -162,7 +166,7 @@ def plan_change(
         current: where experts are; for several layers one placement each, all of the same sizes.
         history: loads of each logical expert, latest or not, ``[n_logical]`` or ``[batches, n_logical]``; for several
             layers ``[layers, batches, n_logical]``. As for `lplb.place`; tokens, not shares, if noise is to be known.
-        gain: share of a full re-solve's gain that is enough, above 0, at most 1.
+        gain: share of the gain that is enough, above 0, at most 1.
         min_gain: mean imbalance that a change has to take away at least, for example 0.01.
         max_moves: most moves, per layer.
         max_bytes: most bytes, per layer; wants ``expert_bytes``.
@@ -259,7 +263,7 @@ class _Ground:
 class _Candidate:
     """A placement to move to, and what it is worth."""
 
-    placement: Placement
+    phy2log: _Slots
     gains: _Floats  # less imbalance, of every scenario
     n_moves: int
     bytes: int | None
@@ -274,25 +278,48 @@ class _Judge:
 
     def __init__(self, current: Placement, scenarios: _Floats, tokens: float, limits: _Limits, ground: _Ground) -> None:
         self.current, self.scenarios, self.tokens, self.limits, self.ground = current, scenarios, tokens, limits, ground
-        self.before = imbalance(current, scenarios, ground.group_size)
+        self.slots: _Slots = current.phy2log.numpy()
+        self.mean = scenarios.sum(axis=1) / current.n_ranks
+        self.before = self.imbalance(self.slots)
 
-    def rate(self, placement: Placement) -> _Candidate:
-        """Score a placement that is labelled as the current one."""
-        written = placement.phy2log[placement.phy2log != self.current.phy2log].numpy()
+    def imbalance(self, phy2log: _Slots) -> _Floats:
+        """Of every scenario; as `lplb.policies.imbalance`, without its checks."""
+        current, size = self.current, self.ground.group_size
+        optima = np.empty((len(self.scenarios), current.n_ranks // size))
+        _C.placement_optima(
+            phy2log.ctypes.data,
+            current.n_physical,
+            current.n_logical,
+            current.n_ranks,
+            size,
+            self.scenarios.ctypes.data,
+            len(self.scenarios),
+            optima.ctypes.data,
+            1,
+        )
+        return np.asarray(optima.max(axis=1) / self.mean)
+
+    def bytes(self, phy2log: _Slots) -> int | None:
+        """What is written weighs."""
         sizes = self.limits.expert_bytes
-        weight = None if sizes is None else int(sizes[written].sum())
-        gains = self.before - imbalance(placement, self.scenarios, self.ground.group_size)
-        return _Candidate(placement, gains, len(written), weight)
+        return None if sizes is None else int(sizes[phy2log[phy2log != self.slots]].sum())
 
-    def allows(self, placement: Placement) -> bool:
+    def rate(self, phy2log: _Slots) -> _Candidate:
+        """Score a placement."""
+        n_moves = int((phy2log != self.slots).sum())
+        return _Candidate(phy2log, self.before - self.imbalance(phy2log), n_moves, self.bytes(phy2log))
+
+    def allows(self, phy2log: _Slots) -> bool:
         """Whether the moves are within the budgets."""
-        written = placement.phy2log[placement.phy2log != self.current.phy2log].numpy()
         limits = self.limits
-        if limits.max_moves is not None and len(written) > limits.max_moves:
+        if limits.max_moves is not None and (phy2log != self.slots).sum() > limits.max_moves:
             return False
-        if limits.max_bytes is None:
-            return True
-        return int(cast(_Ints, limits.expert_bytes)[written].sum()) <= limits.max_bytes
+        return limits.max_bytes is None or cast(int, self.bytes(phy2log)) <= limits.max_bytes
+
+    def moves(self, candidate: _Candidate) -> tuple[Placement, tuple[Move, ...]]:
+        """The placement, and how it is come to."""
+        placement = Placement(candidate.phy2log, self.current.n_ranks, self.current.n_logical)
+        return placement, tuple(moves_between(self.current, placement))
 
     def seconds(self, candidate: _Candidate) -> tuple[float, float]:
         """What moving saves over the horizon, and what it takes."""
@@ -301,19 +328,20 @@ class _Judge:
             return 0.0, 0.0
         sent: Counter[int] = Counter()
         received: Counter[int] = Counter()
-        for move in moves_between(self.current, candidate.placement):
+        for move in self.moves(candidate)[1]:
             weight = int(cast(_Ints, limits.expert_bytes)[move.expert])
             sent[move.source_rank] += weight
             received[move.target_rank] += weight
         busiest = max([*sent.values(), *received.values(), 0])
         return limits.horizon * candidate.gain * self.tokens * limits.token_cost, busiest * limits.byte_cost
 
-    def sure(self, gains: _Floats) -> bool:
-        """Whether the gain is one, and large enough."""
+    def sure(self, gains: _Floats, n_moves: int) -> bool:
+        """Whether the gain is one, and large enough for so many moves."""
         n = len(gains)
         error = float(gains.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
         mean = float(gains.mean())
-        return mean >= self.limits.min_gain and mean > _SURE * error
+        tenths = 10 * n_moves / self.current.n_physical
+        return mean >= self.limits.min_gain * max(1.0, tenths) and mean > _SURE * error
 
 
 def _plan_layer(
@@ -330,10 +358,11 @@ def _plan_layer(
         return replace(stay, reason="the budget allows no move")
 
     path = [p for p in _path(current, search, before, limits, ground) if judge.allows(p)]
-    chosen = judge.rate(path[-1] if path else current)
+    chosen = judge.rate(path[-1] if path else judge.slots)
     resolved: _Candidate | None = None
-    enough = limits.gain * (before - 1.0)
-    if chosen.gain < enough and (target is not None or (chosen.gain >= limits.min_gain and ground.n_nodes == 1)):
+    enough = min(limits.gain * (before - 1.0), _NEARLY * chosen.gain)
+    made = chosen.gain < _LITTLE * (before - 1.0) and chosen.gain >= limits.min_gain and ground.n_nodes == 1
+    if chosen.gain < limits.gain * (before - 1.0) and (target is not None or made):
         resolved = judge.rate(_resolve(current, search, ground, target))
         enough = limits.gain * max(resolved.gain, 0.0)
     if path:
@@ -341,8 +370,8 @@ def _plan_layer(
     if (
         resolved is not None
         and chosen.gain < _LITTLE * resolved.gain
-        and judge.allows(resolved.placement)
-        and judge.sure(resolved.gains - chosen.gains)
+        and judge.allows(resolved.phy2log)
+        and judge.sure(resolved.gains - chosen.gains, resolved.n_moves)
     ):
         chosen = resolved
     if resolved is not None:
@@ -357,8 +386,8 @@ def _decide(stay: Change, chosen: _Candidate, judge: _Judge) -> Change:
     limits, before = judge.limits, stay.imbalance_before
     after = before - chosen.gain
     what = f"{chosen.n_moves} moves lower the imbalance from {before:.4f} to {after:.4f}"
-    if not judge.sure(chosen.gains):
-        return replace(stay, reason=f"{what}: not {limits.min_gain:g} or more beyond noise")
+    if not judge.sure(chosen.gains, chosen.n_moves):
+        return replace(stay, reason=f"{what}: too little, or not beyond noise")
     times = ""
     if limits.horizon is not None:
         saving, cost = judge.seconds(chosen)
@@ -368,10 +397,11 @@ def _decide(stay: Change, chosen: _Candidate, judge: _Judge) -> Change:
             return replace(stay, reason=f"{what}: {times}")
     if stay.imbalance_resolve is not None:
         what += f", a full re-solve to {stay.imbalance_resolve:.4f}"
+    placement, moves = judge.moves(chosen)
     return replace(
         stay,
-        placement=chosen.placement,
-        moves=tuple(moves_between(judge.current, chosen.placement)),
+        placement=placement,
+        moves=moves,
         bytes=chosen.bytes,
         imbalance_after=after,
         worth=True,
@@ -379,7 +409,7 @@ def _decide(stay: Change, chosen: _Candidate, judge: _Judge) -> Change:
     )
 
 
-def _cheapest(path: list[Placement], last: _Candidate, enough: float, judge: _Judge) -> _Candidate:
+def _cheapest(path: list[_Slots], last: _Candidate, enough: float, judge: _Judge) -> _Candidate:
     """Of the placements on a path the first that gains enough; with a horizon, of those up to it what saves most."""
     enough = min(enough, last.gain)
     low, high, reached = 0, len(path) - 1, last
@@ -400,7 +430,7 @@ def _cheapest(path: list[Placement], last: _Candidate, enough: float, judge: _Ju
     return max((judge.rate(p) for p in path[: high + 1]), key=net)
 
 
-def _path(current: Placement, search: _Ints, before: float, limits: _Limits, ground: _Ground) -> list[Placement]:
+def _path(current: Placement, search: _Ints, before: float, limits: _Limits, ground: _Ground) -> list[_Slots]:
     """The placements after each step of the search, the budgets aside."""
     cost = np.ones(current.n_logical)
     if limits.expert_bytes is not None and limits.expert_bytes.any():
@@ -425,11 +455,11 @@ def _path(current: Placement, search: _Ints, before: float, limits: _Limits, gro
     for writes, _, _ in steps:
         for slot, expert in writes:
             phy2log[slot] = expert
-        path.append(Placement(phy2log, current.n_ranks, current.n_logical))
+        path.append(phy2log.copy())
     return path
 
 
-def _resolve(current: Placement, search: _Ints, ground: _Ground, target: Placement | None) -> Placement:
+def _resolve(current: Placement, search: _Ints, ground: _Ground, target: Placement | None) -> _Slots:
     """A full re-solve on what the search sees, relabelled."""
     if target is None:
         made = place(
@@ -440,7 +470,8 @@ def _resolve(current: Placement, search: _Ints, ground: _Ground, target: Placeme
             fallback=ground.fallback,
         )
         target = cast(Placement, made)
-    return relabel(current, target, group_size=ground.group_size, n_nodes=ground.n_nodes)
+    slots: _Slots = relabel(current, target, group_size=ground.group_size, n_nodes=ground.n_nodes).phy2log.numpy()
+    return slots
 
 
 # ---- scenarios

@@ -36,20 +36,20 @@ inline namespace LPLB_ISA {
 
 namespace change {
 
-inline constexpr int kFew = 8;           // batches that a step looks at, and that candidates are first scored on
-inline constexpr int kMany = 32;         // the same once steps are small
-inline constexpr double kCoarse = 5e-3;  // of the mean imbalance: steps below are small
+inline constexpr int kFew = 6;           // batches that candidates are guessed from and first scored on
+inline constexpr int kMany = 32;         // batches that the best of them are scored on
+inline constexpr double kCoarse = 5e-3;  // of the imbalance: a step on the batches' sum that gains less is its last
+inline constexpr int kIdle = 3;          // steps in a row that find nothing, each among other batches
 inline constexpr int kFinalists = 3;     // candidates that are scored on all of them
 inline constexpr int kCrowded = 24;      // experts, and slots, among which candidates are looked for
 inline constexpr int kQuietRanks = 6;    // ranks that a crowded rank may exchange experts with
 inline constexpr int kScored = 6;        // candidates of either kind that the LP scores
 
-inline constexpr double kLeastGain = 2e-4;  // of the mean imbalance, for a step
-inline constexpr double kSure = 0.5;        // standard errors
+inline constexpr double kLeastGain = 2e-4;           // of the mean imbalance, for a step
+inline constexpr double kLikely = 0.0, kSure = 1.0;  // standard errors, on a few batches and on all
 
 struct Candidate {
   SlotWrite first, second;  // second.slot < 0: one write alone
-  double guess;             // loads above the mean that it takes away, squared, per cost
 };
 
 // What is best of many by a score, without more memory than is kept.
@@ -87,36 +87,51 @@ class ChangeSearch {
         left_(static_cast<size_t>(task.n_ranks) * task.n_logical, 0) {}
 
   ChangePath run() {
-    widen(start_, change::kFew);
-    descend(change::kCoarse);
-    if (width_ < task_.batches) {
-      const std::vector<int32_t> reached = draft_->expert_at;
-      widen(reached, change::kMany);
-      descend(0.0);
-    }
+    descend_on_sum();
+    const std::vector<int32_t> reached = draft_ ? draft_->expert_at : start_;
+    widen(task_, reached, change::kMany);
+    descend(0.0, std::min(change::kIdle, (task_.batches + few_ - 1) / few_));
     return path_;
   }
 
  private:
-  void widen(const std::vector<int32_t>& phy2log, int width) {
-    width_ = std::min(width, task_.batches);
+  // Where the batches' sum is far from balanced, it says enough by itself, and is quick to ask.
+  void descend_on_sum() {
+    std::vector<int64_t> sum(task_.n_logical, 0);
+    for (int b = 0; b < task_.batches; ++b)
+      for (int e = 0; e < task_.n_logical; ++e) sum[e] += task_.loads[static_cast<int64_t>(b) * task_.n_logical + e];
     ChangeTask task = task_;
-    task.phy2log = phy2log.data();
-    draft_ = std::make_unique<Draft<Solve>>(task, width_, solve_);
-    level_.assign(static_cast<size_t>(task_.n_ranks) * width_, 0.0);
-    share_.assign(static_cast<size_t>(task_.n_physical) * width_, 0.0);
+    task.loads = sum.data();
+    task.batches = 1;
+    widen(task, start_, 1);
+    descend(change::kCoarse, 1);
+  }
+
+  void widen(const ChangeTask& task, const std::vector<int32_t>& phy2log, int width) {
+    now_task_ = task;
+    now_task_.phy2log = phy2log.data();
+    width_ = std::min(width, task.batches);
+    few_ = std::min(change::kFew, width_);
+    draft_ = std::make_unique<Draft<Solve>>(now_task_, width_, solve_);
+    level_.assign(static_cast<size_t>(task_.n_ranks) * few_, 0.0);
+    share_.assign(static_cast<size_t>(task_.n_physical) * few_, 0.0);
     now_.assign(width_, 0.0);
     then_.assign(width_, 0.0);
   }
 
-  // Takes steps until none is left, one gains less than `least`, or the imbalance is low enough.
-  void descend(double least) {
-    const int windows = (task_.batches + width_ - 1) / width_;
-    for (int i = 0;; ++i) {
-      look(i % windows, windows);
-      draft_->solve_and_level(now_.data(), level_.data(), share_.data());
+  // Takes steps until the imbalance is low enough, one gains less than `least`, or so many in a row find nothing, each
+  // among other batches.
+  void descend(double least, int most_idle) {
+    for (int step = 0, idle = 0; idle < most_idle; ++step) {
+      look(step);
+      draft_->solve_and_level(now_.data(), few_, level_.data(), share_.data());
       const double now = average(now_, width_);
-      if (now <= task_.wanted || !take_best(now)) return;
+      if (now <= task_.wanted) return;
+      if (!take_best(now)) {
+        ++idle;
+        continue;
+      }
+      idle = 0;
       if (path_.steps.back().before - path_.steps.back().after < least) return;
     }
   }
@@ -127,10 +142,15 @@ class ChangeSearch {
     return sum / n;
   }
 
-  void look(int window, int windows) {
+  // Batches far apart are next to each other in this order, and every step begins with others.
+  void look(int step) {
     std::vector<int> rows(width_);
-    for (int k = 0; k < width_; ++k) rows[k] = (window + k * windows) % task_.batches;
-    draft_->look_at(task_, rows);
+    const int stride = (now_task_.batches + few_ - 1) / few_;
+    for (int k = 0; k < width_; ++k) {
+      const int i = (step * few_ + k) % (stride * few_);
+      rows[k] = (i / few_ + i % few_ * stride) % now_task_.batches;
+    }
+    draft_->look_at(now_task_, rows);
   }
 
   bool at_start(int rank, int e) const {
@@ -179,67 +199,68 @@ class ChangeSearch {
   }
 
   void guess_copies(change::Best<change::Candidate>& best) const {
-    change::Best<int> experts(change::kCrowded);
-    std::vector<double> level(width_), share(width_);
-    for (int e = 0; e < task_.n_logical; ++e) experts.offer(crowding(e, level.data(), share.data()), e);
-    // Slots whose expert has another copy: what is lost without it, per batch.
-    change::Best<int> slots(change::kCrowded);
-    std::vector<double> level_f(width_);
+    change::Best<int> experts(change::kCrowded), slots(change::kCrowded);
+    std::vector<double> level(few_), share(few_), elsewhere(change::kCrowded * few_);
+    for (int e = 0; e < task_.n_logical; ++e) {
+      const double sum = crowding(e, level.data(), share.data());
+      if (sum > 0.0) experts.offer(sum, e);
+    }
     for (int s = 0; s < task_.n_physical; ++s)
-      if (draft_->count[draft_->expert_at[s]] > 1) slots.offer(room(s, level_f.data()), s);
-    for (const auto& kept_e : experts.kept()) {
-      const int e = kept_e.item;
-      if (!(crowding(e, level.data(), share.data()) > 0.0)) break;
-      for (const auto& kept_s : slots.kept()) {
-        const int s = kept_s.item, r = draft_->rank_of(s);
-        if (!may_be_copied(e, r) || draft_->expert_at[s] == e) continue;
-        room(s, level_f.data());
+      if (draft_->count[draft_->expert_at[s]] > 1) slots.offer(room(s, level.data()), s);
+    for (size_t i = 0; i < slots.kept().size(); ++i) room(slots.kept()[i].item, &elsewhere[i * few_]);
+    for (const auto& kept : experts.kept()) {
+      const int e = kept.item;
+      crowding(e, level.data(), share.data());
+      for (size_t i = 0; i < slots.kept().size(); ++i) {
+        const int s = slots.kept()[i].item, r = draft_->rank_of(s);
+        if (!may_be_copied(e, r)) continue;
         double saved = 0.0;
-        for (int k = 0; k < width_; ++k) {
-          const double high = level[k], y_f = share_[s * width_ + k], at = level_[r * width_ + k];
-          const double low = at - y_f;
-          const double moved = std::min(share[k], std::max(0.0, 0.5 * (high - low)));
-          saved += excess(high) - excess(high - moved) + excess(at) - excess(low + moved) + excess(level_f[k]) -
-                   excess(level_f[k] + y_f);
+        for (int k = 0; k < few_; ++k) {
+          const double high = level[k], at = level_[r * few_ + k], freed = share_[s * few_ + k], low = at - freed;
+          const double moved = std::min(share[k], std::max(0.0, 0.5 * (high - low))), other = elsewhere[i * few_ + k];
+          saved += excess(high) - excess(high - moved) + excess(at) - excess(low + moved) + excess(other) -
+                   excess(other + freed);
         }
-        change::Candidate c{{s, e}, {-1, -1}, 0.0};
-        c.guess = saved / weight_of(c);
-        if (saved > 0.0) best.offer(c.guess, c);
+        offer({{s, e}, {-1, -1}}, saved, best);
       }
     }
   }
 
+  void offer(const change::Candidate& c, double saved, change::Best<change::Candidate>& best) const {
+    if (saved > 0.0) best.offer(saved / weight_of(c), c);
+  }
+
   double crowding(int e, double* level, double* share) const {
     double sum = 0.0;
-    for (int k = 0; k < width_; ++k) level[k] = share[k] = 0.0;
+    for (int k = 0; k < few_; ++k) level[k] = share[k] = 0.0;
     for (auto left = draft_->ranks[e]; !left.empty();) {
       const int r = draft_->home[e] * task_.group_size + left.lowest();
       left.drop(left.lowest());
       const int s = draft_->slot_of(r, e);
-      for (int k = 0; k < width_; ++k)
-        if (share_[s * width_ + k] > 0.0 && level_[r * width_ + k] > level[k]) {
-          level[k] = level_[r * width_ + k];
-          share[k] = share_[s * width_ + k];
+      for (int k = 0; k < few_; ++k)
+        if (share_[s * few_ + k] > 0.0 && level_[r * few_ + k] > level[k]) {
+          level[k] = level_[r * few_ + k];
+          share[k] = share_[s * few_ + k];
         }
     }
-    for (int k = 0; k < width_; ++k) sum += std::max(0.0, level[k] - 1.0) * share[k];
+    for (int k = 0; k < few_; ++k) sum += std::max(0.0, level[k] - 1.0) * share[k];
     return sum;
   }
 
   // How much below the mean a rank is without what this slot takes, less what that puts above it elsewhere.
   double room(int s, double* level_f) const {
     const int e = draft_->expert_at[s], r = draft_->rank_of(s);
-    for (int k = 0; k < width_; ++k) level_f[k] = 1e9;
+    for (int k = 0; k < few_; ++k) level_f[k] = 1e9;
     for (auto left = draft_->ranks[e]; !left.empty();) {
       const int q = draft_->home[e] * task_.group_size + left.lowest();
       left.drop(left.lowest());
       if (q == r) continue;
-      for (int k = 0; k < width_; ++k) level_f[k] = std::min(level_f[k], level_[q * width_ + k]);
+      for (int k = 0; k < few_; ++k) level_f[k] = std::min(level_f[k], level_[q * few_ + k]);
     }
     double sum = 0.0;
-    for (int k = 0; k < width_; ++k) {
-      const double y = share_[s * width_ + k];
-      sum += 1.0 - (level_[r * width_ + k] - y) - std::max(0.0, level_f[k] + y - 1.0);
+    for (int k = 0; k < few_; ++k) {
+      const double y = share_[s * few_ + k];
+      sum += 1.0 - (level_[r * few_ + k] - y) - std::max(0.0, level_f[k] + y - 1.0);
     }
     return sum;
   }
@@ -248,13 +269,13 @@ class ChangeSearch {
     change::Best<int> slots(change::kCrowded), quiet(change::kQuietRanks);
     for (int r = 0; r < task_.n_ranks; ++r) {
       double sum = 0.0;
-      for (int k = 0; k < width_; ++k) sum -= level_[r * width_ + k];
+      for (int k = 0; k < few_; ++k) sum -= level_[r * few_ + k];
       quiet.offer(sum, r);
     }
     for (int s = 0; s < task_.n_physical; ++s) {
       double sum = 0.0;
       const int r = draft_->rank_of(s);
-      for (int k = 0; k < width_; ++k) sum += share_[s * width_ + k] * std::max(0.0, level_[r * width_ + k] - 1.0);
+      for (int k = 0; k < few_; ++k) sum += share_[s * few_ + k] * std::max(0.0, level_[r * few_ + k] - 1.0);
       if (sum > 0.0) slots.offer(sum, s);
     }
     for (const auto& kept : slots.kept())
@@ -265,15 +286,12 @@ class ChangeSearch {
           const int f = draft_->expert_at[t];
           if (!may_go(f, r, q)) continue;
           double saved = 0.0;
-          for (int k = 0; k < width_; ++k) {
-            const double high = level_[q * width_ + k], low = level_[r * width_ + k];
-            const double moved = share_[s * width_ + k] - share_[t * width_ + k];
+          for (int k = 0; k < few_; ++k) {
+            const double high = level_[q * few_ + k], low = level_[r * few_ + k];
+            const double moved = share_[s * few_ + k] - share_[t * few_ + k];
             saved += excess(high) - excess(high - moved) + excess(low) - excess(low + moved);
           }
-          if (!(saved > 0.0)) continue;
-          change::Candidate c{{t, e}, {s, f}, 0.0};
-          c.guess = saved / weight_of(c);
-          best.offer(c.guess, c);
+          offer({{t, e}, {s, f}}, saved, best);
         }
       }
   }
@@ -304,7 +322,8 @@ class ChangeSearch {
       squares += x * x;
     }
     const double mean = sum / n, variance = std::max(0.0, squares / n - mean * mean);
-    const bool sure = mean > change::kLeastGain && mean * mean * (n - 1) >= change::kSure * change::kSure * variance;
+    const double sure_by = n < width_ ? change::kLikely : change::kSure;
+    const bool sure = mean > change::kLeastGain && mean * mean * (n - 1) >= sure_by * sure_by * variance;
     return sure ? mean / weight : 0.0;
   }
 
@@ -312,16 +331,15 @@ class ChangeSearch {
     change::Best<change::Candidate> copies(change::kScored), exchanges(change::kScored);
     guess_copies(copies);
     guess_exchanges(exchanges);
-    const int few = std::min(width_, change::kFew);
-    change::Best<change::Candidate> finalists(width_ == few ? 1 : change::kFinalists), best(1);
+    change::Best<change::Candidate> finalists(width_ == few_ ? 1 : change::kFinalists), best(1);
     for (const auto* kind : {&copies, &exchanges})
       for (const auto& kept : kind->kept()) {
         if (spent_ + price_of(kept.item) > task_.budget) continue;
-        const double gain = try_out(kept.item, few);
+        const double gain = try_out(kept.item, few_);
         if (gain > 0.0) finalists.offer(gain, kept.item);
       }
     for (const auto& kept : finalists.kept()) {
-      const double gain = width_ == few ? kept.score : try_out(kept.item, width_);
+      const double gain = width_ == few_ ? kept.score : try_out(kept.item, width_);
       if (gain > 0.0) best.offer(gain, kept.item);
     }
     if (best.kept().empty()) return false;
@@ -340,11 +358,12 @@ class ChangeSearch {
   }
 
   const ChangeTask& task_;
+  ChangeTask now_task_{};  // the batches that are looked at
   Solve solve_;
   const std::vector<int32_t> start_;  // phy2log
-  int width_ = 0;                     // batches looked at at once
+  int width_ = 0, few_ = 0;           // batches looked at at once; those of them that candidates are guessed from
   std::unique_ptr<Draft<Solve>> draft_;
-  std::vector<double> level_, share_, now_, then_;  // [n_ranks | n_physical, width], [width]
+  std::vector<double> level_, share_, now_, then_;  // [n_ranks | n_physical, few], [width]
   std::vector<char> left_;                          // [n_ranks, n_logical] experts that were taken off a rank
   double spent_ = 0.0;
   ChangePath path_;

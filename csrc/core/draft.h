@@ -118,23 +118,23 @@ class Draft {
     }
   }
 
-  // The same for all batches, and what levelled loads it leaves: rank_level [n_ranks, n_batches], share [n_physical,
-  // n_batches], both over the mean.
-  void solve_and_level(double* imbalance, double* rank_level, double* share) {
+  // The same for all batches, and what levelled loads it leaves on the first few: rank_level [n_ranks, few], share
+  // [n_physical, few], both over the mean.
+  void solve_and_level(double* imbalance, int few, double* rank_level, double* share) {
     for (int g = 0; g < n_groups; ++g) {
-      if (!groups_[g].compiled) compile(g);
-      for (int k = 0; k < n_batches; ++k) {
+      Compiled& c = groups_[g];
+      if (!c.compiled) compile(g);
+      c.n_solved = few;
+      for (int k = 0; k < few; ++k) {
         optimum[g * n_batches + k] = solve_group(g, k);
-        level(g, k, rank_level, share);
+        level(g, k, few, rank_level, share);
       }
-      groups_[g].n_solved = n_batches;
     }
     solve(imbalance, n_batches);
     for (size_t s = 0; s < expert_at.size(); ++s)
       if (count[expert_at[s]] == 1)
-        for (int k = 0; k < n_batches; ++k)
-          share[s * n_batches + k] =
-              mean[k] > 0.0 ? static_cast<double>(load[expert_at[s] * n_batches + k]) / mean[k] : 0.0;
+        for (int k = 0; k < few; ++k)
+          share[s * few + k] = mean[k] > 0.0 ? static_cast<double>(load[expert_at[s] * n_batches + k]) / mean[k] : 0.0;
   }
 
   const int n_ranks, n_slots, n_logical, n_groups, group_size, n_batches;
@@ -283,7 +283,7 @@ class Draft {
 
   // The flow solver leaves ranks below the busiest as they come. A few rounds in which every expert in turn fills its
   // ranks to one level bring their loads near the most even ones.
-  void level(int g, int k, double* rank_level, double* share) {
+  void level(int g, int k, int few, double* rank_level, double* share) {
     const Compiled& c = groups_[g];
     const Workspace& x = c.space;
     const double own = static_cast<double>(total[g * n_batches + k]) / group_size;
@@ -291,10 +291,10 @@ class Draft {
     for (int round = 0; own > 0.0 && round < kLevelRounds; ++round)
       for (int i = 0; i < c.view.n_experts; ++i) fill_evenly(c, i);
     for (int r = 0; r < group_size; ++r)
-      rank_level[(g * group_size + r) * n_batches + k] = own > 0.0 ? x.rank_load[r] * scale : 0.0;
+      rank_level[(g * group_size + r) * few + k] = own > 0.0 ? x.rank_load[r] * scale : 0.0;
     for (int p = 0; p < c.view.n_replicas; ++p) {
       const int s = slot_of(g * group_size + c.replica_rank[p], c.expert_logical[c.replica_expert[p]]);
-      share[s * n_batches + k] = own > 0.0 ? x.y[p] * scale : 0.0;
+      share[s * few + k] = own > 0.0 ? x.y[p] * scale : 0.0;
     }
   }
 
