@@ -9,7 +9,18 @@ import native
 import pytest
 
 SANITIZERS = "address,undefined"
-TESTS = ("test_solve.py", "test_planner.py", "test_assign.py", "test_bad_input.py", "test_traffic.py")
+TESTS = (
+    "test_solve.py",
+    "test_planner.py",
+    "test_assign.py",
+    "test_bad_input.py",
+    "test_traffic.py",
+    "test_eplb.py",
+    "test_eplb_distinct.py",
+    "test_explain.py",
+    "test_policies.py",
+    "test_change.py",
+)
 EXAMPLES = "10"  # per hypothesis test, see conftest.py
 
 # Runs inside the child: says where the extension came from.
