@@ -1,10 +1,6 @@
 // lplb._C: addresses and sizes in, nothing of torch. The Python side checks every argument; lplb/_C.pyi documents.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
-#include "bindings_change.h"
-#include "bindings_eplb.h"
-#include "bindings_placing.h"
 #include "cpu/planner.h"
 #ifdef LPLB_HAVE_CUDA
 #include "cuda/planner.h"
@@ -17,13 +13,6 @@ using lplb::cpu::Chunks;
 using lplb::cpu::Planner;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address a) {
-  return reinterpret_cast<T*>(a);
-}
 
 PlanArrays plan_at(const std::array<Address, 7>& out) {
   return {at<int32_t>(out[0]), at<int64_t>(out[1]), at<int64_t>(out[2]), at<double>(out[3]),

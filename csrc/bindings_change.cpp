@@ -1,20 +1,10 @@
 // lplb._C: changes of a placement. Addresses and sizes in, as in bindings.cpp.
-#include "bindings_change.h"
-
-#include <pybind11/stl.h>
-
+#include "bindings.h"
 #include "cpu/change.h"
 
 namespace py = pybind11;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address a) {
-  return reinterpret_cast<T*>(a);
-}
 
 py::list find_changes(Address phy2log, int n_physical, int n_logical, int n_ranks, int group_size, int ranks_per_node,
                       Address loads, int batches, Address cost, double budget, double wanted) {

@@ -1,21 +1,11 @@
 // lplb._C: EPLB, and what explains placements. Addresses and sizes in, as in bindings.cpp.
-#include "bindings_eplb.h"
-
-#include <pybind11/stl.h>
-
+#include "bindings.h"
 #include "cpu/bottleneck.h"
 #include "cpu/eplb.h"
 
 namespace py = pybind11;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address a) {
-  return reinterpret_cast<T*>(a);
-}
 
 lplb::eplb::Sizes sizes_of(const std::array<int, 5>& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
 

@@ -1,21 +1,11 @@
 // lplb._C: placements scored and made. Addresses and sizes in, as in bindings.cpp.
-#include "bindings_placing.h"
-
-#include <pybind11/stl.h>
-
+#include "bindings.h"
 #include "core/likely_loads.h"
 #include "cpu/placing.h"
 
 namespace py = pybind11;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address a) {
-  return reinterpret_cast<T*>(a);
-}
 
 void placement_optima(Address phy2log, int n_physical, int n_logical, int n_ranks, int group_size, Address loads,
                       int64_t batch, Address out, int threads) {
