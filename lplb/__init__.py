@@ -1,12 +1,11 @@
 """Certified load balancing for Mixture-of-Experts expert parallelism.
 
 `Planner` maps the router's logical expert indices to physical ones so that the busiest rank of a batch has as little
-to do as its replicas allow; `Placement` says where experts live; `place` makes one from load history
-and `plan_change` the next;
-`rebalance_experts` is EPLB.
+to do as its replicas allow; `Placement` says where experts live; `place` makes one from load history and `plan_change`
+the next; `rebalance_experts` is EPLB.
 """
 
-from lplb import nn, topology
+from lplb import formats, history, nn, topology
 from lplb.change import plan_change
 from lplb.eplb import rebalance_experts
 from lplb.placement import Placement
@@ -22,6 +21,8 @@ __all__ = [
     "Planner",
     "SolveStatus",
     "__version__",
+    "formats",
+    "history",
     "nn",
     "place",
     "plan_change",
