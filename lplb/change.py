@@ -132,7 +132,7 @@ def plan_change(
     current: Placement | Sequence[Placement],
     history: _Array,
     *,
-    gain: float = 0.95,
+    gain: float = 0.98,
     min_gain: float = 0.01,
     max_moves: int | None = None,
     max_bytes: int | None = None,
