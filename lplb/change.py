@@ -447,7 +447,7 @@ def _path(current: Placement, search: _Ints, before: float, limits: _Limits, gro
         search.ctypes.data,
         len(search),
         cost.ctypes.data,
-        math.inf,
+        8 * current.n_physical if limits.max_moves is None else limits.max_moves,
         wanted,
     )
     phy2log = current.phy2log.numpy().copy()

@@ -45,7 +45,7 @@ inline constexpr int kCrowded = 24;    // experts, and slots, among which candid
 inline constexpr int kQuietRanks = 6;  // ranks that a crowded rank may exchange experts with
 inline constexpr int kScored = 6;      // candidates of either kind that the LP scores
 
-inline constexpr double kLeastGain = 2e-4;           // of the mean imbalance, for a step
+inline constexpr double kLeastGain = 5e-4;           // of the mean imbalance, for a step
 inline constexpr double kLikely = 0.0, kSure = 1.0;  // standard errors, on a few batches and on all
 
 struct Candidate {
@@ -121,7 +121,7 @@ class ChangeSearch {
 
   // Takes steps until the imbalance is low enough, or so many in a row find nothing, each among other batches.
   void descend(double wanted, int most_idle) {
-    for (int step = 0, idle = 0; idle < most_idle; ++step) {
+    for (int step = 0, idle = 0; idle < most_idle && n_writes() < task_.most_writes; ++step) {
       look(step);
       draft_->solve_and_level(now_.data(), few_, level_.data(), share_.data());
       const double now = average(now_, width_);
@@ -129,6 +129,8 @@ class ChangeSearch {
       idle = take_best(now) ? 0 : idle + 1;
     }
   }
+
+  int n_writes() const { return static_cast<int>(path_.writes.size()); }
 
   static double average(const std::vector<double>& x, int n) {
     double sum = 0.0;
@@ -328,7 +330,6 @@ class ChangeSearch {
     change::Best<change::Candidate> finalists(width_ == few_ ? 1 : change::kFinalists), best(1);
     for (const auto* kind : {&copies, &exchanges})
       for (const auto& kept : kind->kept()) {
-        if (spent_ + price_of(kept.item) > task_.budget) continue;
         const double gain = try_out(kept.item, few_);
         if (gain > 0.0) finalists.offer(gain, kept.item);
       }
@@ -339,7 +340,6 @@ class ChangeSearch {
     if (best.kept().empty()) return false;
     const change::Candidate& c = best.kept()[0].item;
     const double gain = best.kept()[0].score * weight_of(c);
-    spent_ += price_of(c);
     path_.writes.push_back(c.first);
     close(c.first.slot);
     if (c.second.slot >= 0) {
@@ -359,7 +359,6 @@ class ChangeSearch {
   std::unique_ptr<Draft<Solve>> draft_;
   std::vector<double> level_, share_, now_, then_;  // [n_ranks | n_physical, few], [width]
   std::vector<char> left_;                          // [n_ranks, n_logical] experts that were taken off a rank
-  double spent_ = 0.0;
   ChangePath path_;
 };
 
