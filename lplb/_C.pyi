@@ -114,13 +114,14 @@ def find_changes(
     loads: int,
     batches: int,
     cost: int,
-    budget: float,
+    most_writes: int,
     wanted: float,
 ) -> list[tuple[list[tuple[int, int]], float, float]]:
     """Steps that lower the LP's optimum of int64 ``loads [batches, n_logical]``, most for their cost first.
 
-    ``cost``: float64 ``[n_logical]`` of writing an expert. Each step has its writes (slot, expert) and the mean
-    imbalance before and after it on the batches that it looked at. Other Python threads run meanwhile.
+    ``cost``: float64 ``[n_logical]`` of writing an expert. The search ends after ``most_writes``, or at a mean
+    imbalance of ``wanted``. Each step has its writes (slot, expert) and the mean imbalance before and after it on
+    the batches that it looked at. Other Python threads run meanwhile.
     """
 
 def relabel(

@@ -1,8 +1,7 @@
 """Changing a placement while a system runs: few moves for most of what a full re-solve would gain.
 
 `plan_change` looks for the fewest or cheapest writes of experts into slots that lower the LP's optimum, and says
-whether they pay. `relabel` gives a placement that came from elsewhere the ranks and slots by which most experts stay
-where they are.
+whether they pay.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ import numpy.typing as npt
 import torch
 
 from lplb import _C
-from lplb.arguments import check_divides, checked_group_size, seen, whole_number
+from lplb.arguments import checked_group_size, seen, whole_number
 from lplb.placement import Placement
 from lplb.policies import FALLBACKS, _checked_history, place
+from lplb.relabel import nested_blocks, relabel
 from lplb.weights.moves import Move, moves_between
 
-__all__ = ["Change", "plan_change", "relabel"]
+__all__ = ["Change", "plan_change"]
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -73,66 +73,11 @@ class Change:
         return len(self.moves)
 
 
-def relabel(
-    current: Placement,
-    target: Placement,
-    *,
-    group_size: int | None = None,
-    n_nodes: int = 1,
-    rank_speed: Sequence[float] | None = None,
-) -> Placement:
-    """Give the target's ranks and slots the order by which most experts stay where they are.
-
-    Ranks change places within their node and their balance group; whole nodes and whole groups change places with
-    others. Which of the target's ranks plays which of the current ones is the best pairing there is (the Hungarian
-    algorithm, level by level); on its rank an expert that stays keeps its slot. The LP's optimum is the same for every
-    load.
-
-    Args:
-        current: where experts are.
-        target: where they are to be, on as many ranks, in as many slots.
-        group_size: how many consecutive ranks balance among themselves; all by default, or where there are more than
-            `MAX_GROUP_SIZE`, none: then ranks go anywhere.
-        n_nodes: number of nodes, consecutive ranks each. Nodes divide groups, or groups nodes.
-        rank_speed: speed of each rank, ``[n_ranks]``; only ranks of the same speed change places. All the same by
-            default.
-
-    Returns:
-        The target under other names.
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: the sizes of the placements differ, or a size does not divide as it must.
-    """
-    for name, given in (("current", current), ("target", target)):
-        if not isinstance(given, Placement):
-            raise TypeError(f"{name} is {seen(given)}, allowed is a lplb.Placement")
-    for size in ("n_ranks", "n_physical", "n_logical"):
-        here, there = getattr(current, size), getattr(target, size)
-        if here != there:
-            raise ValueError(f"target has {size} {there}, allowed is the current placement's, {here}")
-    n_ranks = current.n_ranks
-    blocks = _blocks(n_ranks, n_ranks if group_size is None else group_size, n_nodes)
-    kind = np.ascontiguousarray(_kinds(n_ranks, rank_speed))
-    out = torch.empty_like(current.phy2log)
-    _C.relabel(
-        current.phy2log.data_ptr(),
-        target.phy2log.data_ptr(),
-        current.n_physical,
-        current.n_logical,
-        n_ranks,
-        kind.ctypes.data,
-        blocks,
-        out.data_ptr(),
-    )
-    return Placement(out, n_ranks, current.n_logical)
-
-
 def plan_change(
     current: Placement | Sequence[Placement],
     history: _Array,
     *,
-    gain: float = 0.95,
+    gain: float = 0.98,
     min_gain: float = 0.01,
     max_moves: int | None = None,
     max_bytes: int | None = None,
@@ -212,7 +157,7 @@ def plan_change(
     if fallback not in FALLBACKS:
         raise ValueError(f"fallback is {fallback!r}, allowed are {', '.join(map(repr, FALLBACKS))}")
     size = checked_group_size(first.n_ranks, group_size)
-    _blocks(first.n_ranks, size, n_nodes)
+    nested_blocks(first.n_ranks, size, n_nodes)
     for placement in (*placements, *(t for t in targets if t is not None)):
         placement.check_groups(size)
     ground = _Ground(size, whole_number("n_nodes", n_nodes, 1), fallback)
@@ -447,7 +392,7 @@ def _path(current: Placement, search: _Ints, before: float, limits: _Limits, gro
         search.ctypes.data,
         len(search),
         cost.ctypes.data,
-        math.inf,
+        8 * current.n_physical if limits.max_moves is None else limits.max_moves,
         wanted,
     )
     phy2log = current.phy2log.numpy().copy()
@@ -559,34 +504,6 @@ def _checked_bytes(expert_bytes: object, n_logical: int) -> _Ints | None:
     else:
         sizes = [whole_number("expert_bytes", cast(SupportsIndex, expert_bytes), 0, 2**50)] * n_logical
     return np.array(sizes, dtype=np.int64)
-
-
-def _blocks(n_ranks: int, group_size: SupportsIndex, n_nodes: SupportsIndex) -> list[int]:
-    """Sizes of the blocks within which ranks, and then blocks, change places: from 1 to n_ranks."""
-    group_size = whole_number("group_size", group_size, 1, n_ranks)
-    n_nodes = whole_number("n_nodes", n_nodes, 1)
-    check_divides("n_ranks", n_ranks, "group_size", group_size)
-    check_divides("n_ranks", n_ranks, "n_nodes", n_nodes)
-    per_node = n_ranks // n_nodes
-    if group_size % per_node and per_node % group_size:
-        raise ValueError(
-            f"group_size is {group_size}, allowed with {per_node} ranks per node is a multiple or a divisor of that"
-        )
-    return sorted({1, group_size, per_node, n_ranks})
-
-
-def _kinds(n_ranks: int, rank_speed: object) -> npt.NDArray[np.int32]:
-    """Ranks of the same speed have the same number, int32 [n_ranks]."""
-    if rank_speed is None:
-        return np.zeros(n_ranks, dtype=np.int32)
-    speeds = np.asarray(rank_speed)
-    if speeds.dtype.kind not in "iuf":
-        raise TypeError(f"rank_speed has dtype {speeds.dtype}, allowed is a real dtype")
-    if speeds.shape != (n_ranks,):
-        raise ValueError(f"rank_speed has shape {list(speeds.shape)}, allowed is [n_ranks] = [{n_ranks}]")
-    if not (np.isfinite(speeds) & (speeds > 0)).all():
-        raise ValueError(f"rank_speed is {speeds.tolist()}, allowed are finite speeds above 0")
-    return np.unique(speeds, return_inverse=True)[1].astype(np.int32)
 
 
 def _weight(limits: _Limits, n: int) -> int | None:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import exact_optimum
 
-from lplb.change import plan_change, relabel
+from lplb.change import plan_change
 from lplb.placement import Placement
 from lplb.policies import place
+from lplb.relabel import relabel
 from lplb.weights import moves_between
 
 N_LOGICAL, N_RANKS, N_PHYSICAL = 64, 8, 80

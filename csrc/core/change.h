@@ -36,16 +36,16 @@ inline namespace LPLB_ISA {
 
 namespace change {
 
-inline constexpr int kFew = 6;           // batches that candidates are guessed from and first scored on
-inline constexpr int kMany = 32;         // batches that the best of them are scored on
-inline constexpr double kCoarse = 5e-3;  // of the imbalance: a step on the batches' sum that gains less is its last
-inline constexpr int kIdle = 3;          // steps in a row that find nothing, each among other batches
-inline constexpr int kFinalists = 3;     // candidates that are scored on all of them
-inline constexpr int kCrowded = 24;      // experts, and slots, among which candidates are looked for
-inline constexpr int kQuietRanks = 6;    // ranks that a crowded rank may exchange experts with
-inline constexpr int kScored = 6;        // candidates of either kind that the LP scores
+inline constexpr int kFew = 6;         // batches that candidates are guessed from and first scored on
+inline constexpr int kMany = 24;       // batches that the best of them are scored on
+inline constexpr double kNear = 1.05;  // imbalance of the batches' sum below which the batches have to be looked at
+inline constexpr int kIdle = 3;        // steps in a row that find nothing, each among other batches
+inline constexpr int kFinalists = 2;   // candidates that are scored on all of them
+inline constexpr int kCrowded = 24;    // experts, and slots, among which candidates are looked for
+inline constexpr int kQuietRanks = 6;  // ranks that a crowded rank may exchange experts with
+inline constexpr int kScored = 6;      // candidates of either kind that the LP scores
 
-inline constexpr double kLeastGain = 2e-4;           // of the mean imbalance, for a step
+inline constexpr double kLeastGain = 5e-4;           // of the mean imbalance, for a step
 inline constexpr double kLikely = 0.0, kSure = 1.0;  // standard errors, on a few batches and on all
 
 struct Candidate {
@@ -90,7 +90,7 @@ class ChangeSearch {
     descend_on_sum();
     const std::vector<int32_t> reached = draft_ ? draft_->expert_at : start_;
     widen(task_, reached, change::kMany);
-    descend(0.0, std::min(change::kIdle, (task_.batches + few_ - 1) / few_));
+    descend(task_.wanted, std::min(change::kIdle, (task_.batches + few_ - 1) / few_));
     return path_;
   }
 
@@ -104,7 +104,7 @@ class ChangeSearch {
     task.loads = sum.data();
     task.batches = 1;
     widen(task, start_, 1);
-    descend(change::kCoarse, 1);
+    descend(std::max(task_.wanted, change::kNear), 1);
   }
 
   void widen(const ChangeTask& task, const std::vector<int32_t>& phy2log, int width) {
@@ -119,22 +119,18 @@ class ChangeSearch {
     then_.assign(width_, 0.0);
   }
 
-  // Takes steps until the imbalance is low enough, one gains less than `least`, or so many in a row find nothing, each
-  // among other batches.
-  void descend(double least, int most_idle) {
-    for (int step = 0, idle = 0; idle < most_idle; ++step) {
+  // Takes steps until the imbalance is low enough, or so many in a row find nothing, each among other batches.
+  void descend(double wanted, int most_idle) {
+    for (int step = 0, idle = 0; idle < most_idle && n_writes() < task_.most_writes; ++step) {
       look(step);
       draft_->solve_and_level(now_.data(), few_, level_.data(), share_.data());
       const double now = average(now_, width_);
-      if (now <= task_.wanted) return;
-      if (!take_best(now)) {
-        ++idle;
-        continue;
-      }
-      idle = 0;
-      if (path_.steps.back().before - path_.steps.back().after < least) return;
+      if (now <= wanted) return;
+      idle = take_best(now) ? 0 : idle + 1;
     }
   }
+
+  int n_writes() const { return static_cast<int>(path_.writes.size()); }
 
   static double average(const std::vector<double>& x, int n) {
     double sum = 0.0;
@@ -334,7 +330,6 @@ class ChangeSearch {
     change::Best<change::Candidate> finalists(width_ == few_ ? 1 : change::kFinalists), best(1);
     for (const auto* kind : {&copies, &exchanges})
       for (const auto& kept : kind->kept()) {
-        if (spent_ + price_of(kept.item) > task_.budget) continue;
         const double gain = try_out(kept.item, few_);
         if (gain > 0.0) finalists.offer(gain, kept.item);
       }
@@ -345,7 +340,6 @@ class ChangeSearch {
     if (best.kept().empty()) return false;
     const change::Candidate& c = best.kept()[0].item;
     const double gain = best.kept()[0].score * weight_of(c);
-    spent_ += price_of(c);
     path_.writes.push_back(c.first);
     close(c.first.slot);
     if (c.second.slot >= 0) {
@@ -365,7 +359,6 @@ class ChangeSearch {
   std::unique_ptr<Draft<Solve>> draft_;
   std::vector<double> level_, share_, now_, then_;  // [n_ranks | n_physical, few], [width]
   std::vector<char> left_;                          // [n_ranks, n_logical] experts that were taken off a rank
-  double spent_ = 0.0;
   ChangePath path_;
 };
 

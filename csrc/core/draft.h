@@ -18,7 +18,7 @@ struct ChangeTask {
   const int64_t* loads;  // [batches, n_logical] whole tokens, or fixed point; a batch sums to less than 2^52
   int batches;           // at least 1
   const double* cost;    // [n_logical] of one write of an expert, above 0
-  double budget;         // of all writes together
+  int most_writes;       // the search ends when it has made as many
   double wanted;         // mean imbalance that is low enough
 };
 
