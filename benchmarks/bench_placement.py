@@ -23,12 +23,13 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from bench_cpu import seconds  # noqa: E402
-from lplb.change import Change, relabel  # noqa: E402
 from rows import Row, machine, print_table, write  # noqa: E402
 
 from lplb import Placement, place, plan_change, rebalance_experts  # noqa: E402
+from lplb.change import Change  # noqa: E402
 from lplb.placement import split_evenly  # noqa: E402
 from lplb.policies import imbalance  # noqa: E402
+from lplb.relabel import relabel  # noqa: E402
 from lplb.scenes import lognormal  # noqa: E402
 from lplb.simulate import simulate  # noqa: E402
 from lplb.trace import load_trace  # noqa: E402

@@ -19,7 +19,7 @@ import torch
 from lplb import _C
 from lplb.arguments import checked_group_size, seen, whole_number
 from lplb.placement import Placement
-from lplb.policies import FALLBACKS, _checked_history, place
+from lplb.policies import FALLBACKS, checked_history, place
 from lplb.relabel import nested_blocks, relabel
 from lplb.weights.moves import Move, moves_between
 
@@ -134,7 +134,7 @@ def plan_change(
         TypeError: an argument is of the wrong type.
         ValueError: a value or shape is not allowed; the message has the value seen and the value allowed.
     """
-    layers, many = _checked_history(history)
+    layers, many = checked_history(history)
     placements = _checked_placements("current", current, layers, many)
     targets: list[Placement | None] = [None] * len(placements)
     if target is not None:

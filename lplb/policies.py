@@ -75,7 +75,7 @@ def place(
         ValueError: a value, shape or combination is not allowed; the message has the value seen and the value
             allowed.
     """
-    layers, many = _checked_history(history)
+    layers, many = checked_history(history)
     if policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}, allowed are {', '.join(map(repr, POLICIES))}")
     if fallback not in FALLBACKS:
@@ -109,7 +109,7 @@ def likely_loads(history: _Array) -> _Floats:
         TypeError: as `place`.
         ValueError: as `place`, or a history of several layers.
     """
-    layers, many = _checked_history(history)
+    layers, many = checked_history(history)
     if many:
         raise ValueError(f"history has {layers.ndim} dimensions, allowed are 1 or 2: one layer")
     _, batches, n_logical = layers.shape
@@ -290,7 +290,7 @@ def _checked_loads(name: str, loads: object) -> _Floats:
     return np.ascontiguousarray(values)
 
 
-def _checked_history(history: object) -> tuple[_Floats, bool]:
+def checked_history(history: object) -> tuple[_Floats, bool]:
     """History as [layers, batches, n_logical], and whether it came with layers."""
     values = _checked_loads("history", history)
     if values.ndim not in (1, 2, 3) or values.size == 0:
