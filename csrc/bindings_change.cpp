@@ -7,7 +7,7 @@ namespace py = pybind11;
 namespace {
 
 py::list find_changes(Address phy2log, int n_physical, int n_logical, int n_ranks, int group_size, int ranks_per_node,
-                      Address loads, int batches, Address cost, int most_writes, double wanted) {
+                      Address loads, int batches, Address cost, int most_writes, double most_cost, double wanted) {
   const lplb::ChangeTask task{at<const int32_t>(phy2log),
                               n_physical,
                               n_logical,
@@ -18,6 +18,7 @@ py::list find_changes(Address phy2log, int n_physical, int n_logical, int n_rank
                               batches,
                               at<const double>(cost),
                               most_writes,
+                              most_cost,
                               wanted};
   lplb::ChangePath path;
   {
@@ -47,7 +48,7 @@ void relabel(Address current, Address target, int n_physical, int n_logical, int
 void add_change(py::module_& m) {
   m.def("find_changes", &find_changes, py::arg("phy2log"), py::arg("n_physical"), py::arg("n_logical"),
         py::arg("n_ranks"), py::arg("group_size"), py::arg("ranks_per_node"), py::arg("loads"), py::arg("batches"),
-        py::arg("cost"), py::arg("most_writes"), py::arg("wanted"));
+        py::arg("cost"), py::arg("most_writes"), py::arg("most_cost"), py::arg("wanted"));
   m.def("relabel", &relabel, py::arg("current"), py::arg("target"), py::arg("n_physical"), py::arg("n_logical"),
         py::arg("n_ranks"), py::arg("kind"), py::arg("blocks"), py::arg("out"));
 }

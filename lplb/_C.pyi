@@ -115,6 +115,7 @@ def find_changes(
     batches: int,
     cost: int,
     most_writes: int,
+    most_cost: float,
     wanted: float,
 ) -> list[tuple[list[tuple[int, int]], float, float]]:
     """Steps that lower the LP's optimum of int64 ``loads [batches, n_logical]``, most for their cost first.

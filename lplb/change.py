@@ -19,7 +19,7 @@ import torch
 from lplb import _C
 from lplb.arguments import checked_group_size, seen, whole_number
 from lplb.placement import Placement
-from lplb.policies import FALLBACKS, checked_history, place
+from lplb.policies import checked_history, place
 from lplb.relabel import nested_blocks, relabel
 from lplb.weights.moves import Move, moves_between
 
@@ -30,9 +30,11 @@ _Ints = npt.NDArray[np.int64]
 _Slots = npt.NDArray[np.int32]  # a phy2log, [n_physical], labelled as the current placement
 _Array = torch.Tensor | npt.NDArray[Any] | Sequence[Any]
 
-_FEWEST_SCENARIOS = 16  # half of them to search on, half to judge by
-_MOST_SCENARIOS = 128
+_FEWEST_BATCHES = 16  # the older half to search on, the newer to judge by; fewer do not show how loads vary
+_MOST_BATCHES = 128  # the latest
 _SURE = 3.0  # standard errors
+_MOST_CORRELATION = 0.95  # of a batch with the next that is reckoned with
+_PREFIXES = 8  # of a path, that are looked at where the whole is doubtful
 _LITTLE = 0.5  # of a re-solve's gain: what few moves have to reach, or all of them are made
 _NEARLY = 0.99  # of what the search found: its last steps bring little
 _FIXED_POINT = 2.0**45  # what a batch of loads that are no whole numbers sums to
@@ -42,8 +44,8 @@ _FIXED_POINT = 2.0**45  # what a batch of loads that are no whole numbers sums t
 class Change:
     """What to move, why, and what it brings.
 
-    Imbalances are means over the batches of the history that were kept back from the search: of the LP's largest rank
-    load over the mean of all ranks.
+    Imbalances are of the LP's largest rank load over the mean of all ranks, means over the newer half of the history,
+    which was kept back from the search; over all of it where it has fewer than 16 batches.
     """
 
     placement: Placement
@@ -87,30 +89,32 @@ def plan_change(
     byte_cost: float | None = None,
     group_size: int | None = None,
     n_nodes: int = 1,
-    fallback: str = "lp",
+    steady: bool = False,
     target: Placement | Sequence[Placement] | None = None,
 ) -> Change | list[Change]:
     """Look for the fewest or cheapest moves after which the LP balances what the history shows.
 
     One step after another: a slot gives up a copy that its expert can spare for an expert that is crowded, or two ranks
     exchange experts; always what lowers the LP's optimum most per move, or per byte where experts differ. The search
-    sees every other batch of the history. What it found is judged on the batches in between, and moves nothing unless
-    the gain there is ``min_gain``, for every tenth of the slots if more are moved, and three standard errors away from
-    none: noise alone moves nothing. Of a short history in whole tokens, each batch is dealt out at random into smaller
-    ones, of which each is as noisy as its tokens are few; one of fewer than 16 batches that are no whole numbers is
-    taken as it is, as if without noise.
+    sees the older half of the history. What it found is judged on the newer half, as if it had been made in between,
+    and moves nothing unless the gain there is ``min_gain``, for every tenth of the slots if more are moved, and three
+    standard errors away from none, batches that resemble the ones before counting for less. So noise alone moves
+    nothing, and loads that have just changed move nothing yet. Fewer than 16 batches do not show how loads vary, and
+    move nothing either, unless they are said to be ``steady``.
 
     ``gain`` is a share of what can be gained: of what a full re-solve gains, if it is given as ``target``; otherwise of
     all that is lost to imbalance or, where the search ends before, of what it found. A re-solve is made only where few
-    moves gain something but less than half of what is lost; it is taken, relabelled, where they gain less than half of
-    what it does, the budget allows for it, and what it gains beyond them is worth its moves.
+    moves gain something but less than half of what is lost, and no budget is given; it is taken, relabelled, where they
+    gain less than half of what it does and what it gains beyond them is worth its moves.
+
+    It is for the LP: what even splits make of the new placement is not looked at.
 
     The result depends on the arguments alone.
 
     Args:
         current: where experts are; for several layers one placement each, all of the same sizes.
-        history: loads of each logical expert, latest or not, ``[n_logical]`` or ``[batches, n_logical]``; for several
-            layers ``[layers, batches, n_logical]``. As for `lplb.place`; tokens, not shares, if noise is to be known.
+        history: loads of each logical expert in the order of time, ``[n_logical]`` or ``[batches, n_logical]``, of
+            which the latest 128 are used; for several layers ``[layers, batches, n_logical]``. As for `lplb.place`.
         gain: share of the gain that is enough, above 0, at most 1.
         min_gain: mean imbalance that a change has to take away at least, for example 0.01.
         max_moves: most moves, per layer.
@@ -123,7 +127,9 @@ def plan_change(
         group_size: how many consecutive ranks balance among themselves; all by default.
         n_nodes: number of nodes, consecutive ranks each, that experts do not leave. 1 lets them go anywhere in their
             group.
-        fallback: as for `lplb.place`, of which the full re-solve is.
+        steady: fewer than 16 batches, for example the mean of many, are taken as what loads will be. In whole tokens
+            they are dealt out at random into smaller ones, each as noisy as its tokens are few, half of them kept back;
+            other numbers are taken as if without noise.
         target: what a full re-solve gave, as for ``current``, if there is one already; ``lplb.place(history)``
             otherwise, made only where it is needed, and only for ``n_nodes=1``.
 
@@ -154,15 +160,15 @@ def plan_change(
         byte_cost=None if byte_cost is None else _checked_number("byte_cost", byte_cost, least=0.0),
     )
     limits.check()
-    if fallback not in FALLBACKS:
-        raise ValueError(f"fallback is {fallback!r}, allowed are {', '.join(map(repr, FALLBACKS))}")
+    if not isinstance(steady, (bool, np.bool_)):
+        raise TypeError(f"steady is {seen(steady)}, allowed is a bool")
     size = checked_group_size(first.n_ranks, group_size)
     nested_blocks(first.n_ranks, size, n_nodes)
     for placement in (*placements, *(t for t in targets if t is not None)):
         placement.check_groups(size)
-    ground = _Ground(size, whole_number("n_nodes", n_nodes, 1), fallback)
+    ground = _Ground(size, whole_number("n_nodes", n_nodes, 1))
     changes = [
-        _plan_layer(placement, rows, limits, ground, there)
+        _plan_layer(placement, rows, limits, ground, there, bool(steady))
         for placement, rows, there in zip(placements, layers, targets, strict=True)
     ]
     return changes if many else changes[0]
@@ -201,7 +207,6 @@ class _Ground:
 
     group_size: int
     n_nodes: int
-    fallback: str
 
 
 @dataclass(frozen=True)
@@ -219,30 +224,33 @@ class _Candidate:
 
 
 class _Judge:
-    """The scenarios kept back from the search, and the limits."""
+    """The scenarios kept back from the search, the batches that figures are of, and the limits."""
 
-    def __init__(self, current: Placement, scenarios: _Floats, tokens: float, limits: _Limits, ground: _Ground) -> None:
-        self.current, self.scenarios, self.tokens, self.limits, self.ground = current, scenarios, tokens, limits, ground
+    def __init__(self, current: Placement, scenarios: _Scenarios, limits: _Limits, ground: _Ground) -> None:
+        self.current, self.scenarios, self.limits, self.ground = current, scenarios, limits, ground
         self.slots: _Slots = current.phy2log.numpy()
-        self.mean = scenarios.sum(axis=1) / current.n_ranks
-        self.before = self.imbalance(self.slots)
+        self.before = self.imbalance(self.slots, scenarios.judge)
 
-    def imbalance(self, phy2log: _Slots) -> _Floats:
-        """Of every scenario; as `lplb.policies.imbalance`, without its checks."""
+    def imbalance(self, phy2log: _Slots, loads: _Floats) -> _Floats:
+        """Of every batch; as `lplb.policies.imbalance`, without its checks."""
         current, size = self.current, self.ground.group_size
-        optima = np.empty((len(self.scenarios), current.n_ranks // size))
+        optima = np.empty((len(loads), current.n_ranks // size))
         _C.placement_optima(
             phy2log.ctypes.data,
             current.n_physical,
             current.n_logical,
             current.n_ranks,
             size,
-            self.scenarios.ctypes.data,
-            len(self.scenarios),
+            loads.ctypes.data,
+            len(loads),
             optima.ctypes.data,
             1,
         )
-        return np.asarray(optima.max(axis=1) / self.mean)
+        return np.asarray(optima.max(axis=1) / (loads.sum(axis=1) / current.n_ranks))
+
+    def figure(self, phy2log: _Slots) -> float:
+        """The imbalance that is reported."""
+        return float(self.imbalance(phy2log, self.scenarios.shown).mean())
 
     def bytes(self, phy2log: _Slots) -> int | None:
         """What is written weighs."""
@@ -252,7 +260,8 @@ class _Judge:
     def rate(self, phy2log: _Slots) -> _Candidate:
         """Score a placement."""
         n_moves = int((phy2log != self.slots).sum())
-        return _Candidate(phy2log, self.before - self.imbalance(phy2log), n_moves, self.bytes(phy2log))
+        gains = self.before - self.imbalance(phy2log, self.scenarios.judge)
+        return _Candidate(phy2log, gains, n_moves, self.bytes(phy2log))
 
     def allows(self, phy2log: _Slots) -> bool:
         """Whether the moves are within the budgets."""
@@ -278,61 +287,94 @@ class _Judge:
             sent[move.source_rank] += weight
             received[move.target_rank] += weight
         busiest = max([*sent.values(), *received.values(), 0])
-        return limits.horizon * candidate.gain * self.tokens * limits.token_cost, busiest * limits.byte_cost
+        shown = self.scenarios.shown
+        saved = self.imbalance(self.slots, shown) - self.imbalance(candidate.phy2log, shown)
+        tokens = float((saved * shown.sum(axis=1)).mean()) / self.current.n_ranks
+        return limits.horizon * tokens * limits.token_cost, busiest * limits.byte_cost
 
-    def sure(self, gains: _Floats, n_moves: int) -> bool:
-        """Whether the gain is one, and large enough for so many moves."""
-        n = len(gains)
-        error = float(gains.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-        mean = float(gains.mean())
-        tenths = 10 * n_moves / self.current.n_physical
-        return mean >= self.limits.min_gain * max(1.0, tenths) and mean > _SURE * error
+    def doubt(self, gains: _Floats, n_moves: int) -> str:
+        """Why the gain is too small for so many moves, or may be none; nothing where it is neither."""
+        wanted = self.limits.min_gain * max(1.0, 10 * n_moves / self.current.n_physical)
+        gain, noise = float(gains.mean()), _SURE * _standard_error(gains)
+        if gain < wanted:
+            return f"{gain:.4f} is gained, and {wanted:.4f} asked for"
+        if gain <= noise:
+            return f"{gain:.4f} is gained, and {noise:.4f}, {_SURE:g} standard errors, may be noise"
+        return ""
+
+
+def _standard_error(x: _Floats) -> float:
+    """Of the mean of a series in time, its correlation from one to the next reckoned with; 0 of one alone."""
+    n, off = len(x), x - x.mean()
+    squares = float(off @ off)
+    if n < 2 or squares == 0.0:
+        return 0.0
+    seen = float(off[1:] @ off[:-1]) / squares
+    correlation = min(
+        max(seen + (1.0 + 3.0 * seen) / n, 0.0), _MOST_CORRELATION
+    )  # a short series shows less than it has
+    return math.sqrt(squares / (n - 1) / n * (1 + correlation) / (1 - correlation))
 
 
 def _plan_layer(
-    current: Placement, rows: _Floats, limits: _Limits, ground: _Ground, target: Placement | None
+    current: Placement, rows: _Floats, limits: _Limits, ground: _Ground, target: Placement | None, steady: bool
 ) -> Change:
     """Plan the change of one layer; rows [batches, n_logical]."""
-    search, kept_back = _scenarios(rows)
-    judge = _Judge(current, kept_back, float(rows.sum(axis=1).mean()) / current.n_ranks, limits, ground)
-    before = float(judge.before.mean())
+    scenarios = _scenarios(rows)
+    judge = _Judge(current, scenarios, limits, ground)
+    before, lost = judge.figure(judge.slots), float(judge.before.mean()) - 1.0
     stay = Change(current, (), _weight(limits, 0), before, before, None, *_no_time(limits), worth=False, reason="")
-    if before - 1.0 < max(limits.min_gain, 1e-9):
+    if scenarios.few and not steady:
+        n = len(scenarios.shown)
+        return replace(
+            stay,
+            reason=f"imbalance is {before:.4f} over {n} batch{'es' if n > 1 else ''}: fewer than {_FEWEST_BATCHES} do "
+            "not show how loads vary; steady=True takes them as they are",
+        )
+    if lost < max(limits.min_gain, 1e-9):
         return replace(stay, reason=f"imbalance is {before:.4f}: less than {limits.min_gain:g} is to gain at all")
     if limits.max_moves == 0 or limits.max_bytes == 0:
         return replace(stay, reason="the budget allows no move")
 
-    path = [p for p in _path(current, search, before, limits, ground) if judge.allows(p)]
-    chosen = judge.rate(path[-1] if path else judge.slots)
+    path = [p for p in _path(current, scenarios.search, lost, limits, ground) if judge.allows(p)]
+    last = chosen = judge.rate(path[-1] if path else judge.slots)
     resolved: _Candidate | None = None
-    enough = min(limits.gain * (before - 1.0), _NEARLY * chosen.gain)
-    made = chosen.gain < _LITTLE * (before - 1.0) and chosen.gain >= limits.min_gain and ground.n_nodes == 1
-    if chosen.gain < limits.gain * (before - 1.0) and (target is not None or made):
-        resolved = judge.rate(_resolve(current, search, ground, target))
-        enough = limits.gain * max(resolved.gain, 0.0)
+    enough = min(limits.gain * lost, _NEARLY * chosen.gain)
+    free = limits.max_moves is None and limits.max_bytes is None and ground.n_nodes == 1
+    made = free and limits.min_gain <= chosen.gain < _LITTLE * lost
+    if chosen.gain < limits.gain * lost and (target is not None or made):
+        resolved = judge.rate(_resolve(current, scenarios.search, ground, target))
+        if resolved.gain > chosen.gain:
+            enough = limits.gain * resolved.gain
     if path:
         chosen = _cheapest(path, chosen, enough, judge)
     if (
         resolved is not None
         and chosen.gain < _LITTLE * resolved.gain
         and judge.allows(resolved.phy2log)
-        and judge.sure(resolved.gains - chosen.gains, resolved.n_moves)
+        and not judge.doubt(resolved.gains - chosen.gains, resolved.n_moves)
     ):
         chosen = resolved
     if resolved is not None:
-        stay = replace(stay, imbalance_resolve=before - resolved.gain)
+        stay = replace(stay, imbalance_resolve=judge.figure(resolved.phy2log))
     if chosen.n_moves == 0:
-        return replace(stay, reason=f"imbalance is {before:.4f}, and no move within the budget lowers it")
+        within = "" if free else " within the budget"
+        return replace(stay, reason=f"imbalance is {before:.4f}, and no move{within} lowers it on the older batches")
+    if judge.doubt(chosen.gains, chosen.n_moves):  # fewer moves have to gain less
+        shorter = (judge.rate(p) for p in path[: -1 - len(path) : -max(1, len(path) // _PREFIXES)])
+        sure = (c for c in shorter if c.n_moves <= last.n_moves and not judge.doubt(c.gains, c.n_moves))
+        chosen = next(sure, chosen)
     return _decide(stay, chosen, judge)
 
 
 def _decide(stay: Change, chosen: _Candidate, judge: _Judge) -> Change:
     """Move, or say why not."""
-    limits, before = judge.limits, stay.imbalance_before
-    after = before - chosen.gain
-    what = f"{chosen.n_moves} moves lower the imbalance from {before:.4f} to {after:.4f}"
-    if not judge.sure(chosen.gains, chosen.n_moves):
-        return replace(stay, reason=f"{what}: too little, or not beyond noise")
+    limits, before, after = judge.limits, stay.imbalance_before, judge.figure(chosen.phy2log)
+    n = chosen.n_moves
+    what = f"{n} move{'s lower' if n > 1 else ' lowers'} the imbalance from {before:.4f} to {after:.4f}"
+    doubt = judge.doubt(chosen.gains, chosen.n_moves)
+    if doubt:
+        return replace(stay, reason=f"imbalance is {before:.4f}; by {n} move{'s' if n > 1 else ''} {doubt}")
     times = ""
     if limits.horizon is not None:
         saving, cost = judge.seconds(chosen)
@@ -375,13 +417,16 @@ def _cheapest(path: list[_Slots], last: _Candidate, enough: float, judge: _Judge
     return max((judge.rate(p) for p in path[: high + 1]), key=net)
 
 
-def _path(current: Placement, search: _Ints, before: float, limits: _Limits, ground: _Ground) -> list[_Slots]:
-    """The placements after each step of the search, the budgets aside."""
-    cost = np.ones(current.n_logical)
+def _path(current: Placement, search: _Ints, lost: float, limits: _Limits, ground: _Ground) -> list[_Slots]:
+    """The placements after each step of the search."""
+    cost, most_cost = np.ones(current.n_logical), math.inf
     if limits.expert_bytes is not None and limits.expert_bytes.any():
-        cost = np.maximum(limits.expert_bytes / limits.expert_bytes.mean(), 1e-3)
+        mean = float(limits.expert_bytes.mean())
+        cost = np.maximum(limits.expert_bytes / mean, 1e-12)  # above 0
+        if limits.max_bytes is not None:
+            most_cost = limits.max_bytes / mean
     # Half as much again of what may be left over: the batches kept back see a little less than those searched on.
-    wanted = 1.0 + 0.5 * (1.0 - limits.gain) * (before - 1.0)
+    wanted = 1.0 + 0.5 * (1.0 - limits.gain) * lost
     steps = _C.find_changes(
         current.phy2log.data_ptr(),
         current.n_physical,
@@ -392,7 +437,8 @@ def _path(current: Placement, search: _Ints, before: float, limits: _Limits, gro
         search.ctypes.data,
         len(search),
         cost.ctypes.data,
-        8 * current.n_physical if limits.max_moves is None else limits.max_moves,
+        current.n_physical if limits.max_moves is None else limits.max_moves,
+        most_cost,
         wanted,
     )
     phy2log = current.phy2log.numpy().copy()
@@ -412,7 +458,6 @@ def _resolve(current: Placement, search: _Ints, ground: _Ground, target: Placeme
             n_ranks=current.n_ranks,
             n_physical=current.n_physical,
             group_size=ground.group_size,
-            fallback=ground.fallback,
         )
         target = cast(Placement, made)
     slots: _Slots = relabel(current, target, group_size=ground.group_size, n_nodes=ground.n_nodes).phy2log.numpy()
@@ -422,23 +467,39 @@ def _resolve(current: Placement, search: _Ints, ground: _Ground, target: Placeme
 # ---- scenarios
 
 
-def _scenarios(rows: _Floats) -> tuple[_Ints, _Floats]:
-    """Deal out the history: batches to search on, whole numbers, and batches to judge by."""
-    rows = rows[rows.sum(axis=1) > 0]
-    if len(rows) > _MOST_SCENARIOS:
-        rows = rows[np.arange(_MOST_SCENARIOS) * len(rows) // _MOST_SCENARIOS]
+@dataclass(frozen=True)
+class _Scenarios:
+    """The history, dealt out."""
+
+    search: _Ints
+    """What moves are searched on, ``[n, n_logical]``, whole numbers."""
+    judge: _Floats
+    """What they are judged on."""
+    shown: _Floats
+    """The batches that figures are of: those of ``judge``, or all where there are few."""
+    few: bool
+    """Fewer batches than show how loads vary."""
+
+
+def _scenarios(rows: _Floats) -> _Scenarios:
+    rows = rows[rows.sum(axis=1) > 0][-_MOST_BATCHES:]
+    few = len(rows) < _FEWEST_BATCHES
     whole = bool((rows == np.rint(rows)).all()) and rows.sum(axis=1).max() < _FIXED_POINT
-    parts = -(-_FEWEST_SCENARIOS // len(rows))
-    if whole and parts > 1:
-        rows = _thinned(rows.astype(np.int64), parts).astype(np.float64)
-        rows = rows[rows.sum(axis=1) > 0]
-    if len(rows) == 1 or (not whole and parts > 1):
-        search = judge = rows
+    if not few:
+        search, judge = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    elif whole:
+        pieces = _thinned(rows.astype(np.int64), -(-_FEWEST_BATCHES // len(rows))).astype(np.float64)
+        pieces = pieces[pieces.sum(axis=1) > 0]
+        search, judge = (pieces[::2], pieces[1::2]) if len(pieces) > 1 else (pieces, pieces)
     else:
-        search, judge = rows[::2], rows[1::2]
+        search = judge = rows
     if not whole:
+        search = search / search.max(axis=1, keepdims=True)  # sums of the smallest numbers would have lost their bits
         search = np.rint(search * (_FIXED_POINT / search.sum(axis=1, keepdims=True)))
-    return np.ascontiguousarray(search, dtype=np.int64), np.ascontiguousarray(judge)
+    shown = rows if few else judge
+    return _Scenarios(
+        np.ascontiguousarray(search, dtype=np.int64), np.ascontiguousarray(judge), np.ascontiguousarray(shown), few
+    )
 
 
 def _thinned(rows: _Ints, parts: int) -> _Ints:

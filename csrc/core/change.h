@@ -37,16 +37,16 @@ inline namespace LPLB_ISA {
 namespace change {
 
 inline constexpr int kFew = 6;         // batches that candidates are guessed from and first scored on
-inline constexpr int kMany = 24;       // batches that the best of them are scored on
+inline constexpr int kMany = 20;       // batches that the best of them are scored on
 inline constexpr double kNear = 1.05;  // imbalance of the batches' sum below which the batches have to be looked at
-inline constexpr int kIdle = 3;        // steps in a row that find nothing, each among other batches
-inline constexpr int kFinalists = 2;   // candidates that are scored on all of them
+inline constexpr int kIdle = 5;        // steps in a row that find nothing, each among other batches
+inline constexpr int kFinalists = 3;   // candidates that are scored on all of them
 inline constexpr int kCrowded = 24;    // experts, and slots, among which candidates are looked for
 inline constexpr int kQuietRanks = 6;  // ranks that a crowded rank may exchange experts with
-inline constexpr int kScored = 6;      // candidates of either kind that the LP scores
+inline constexpr int kScored = 8;      // candidates of either kind that the LP scores
 
-inline constexpr double kLeastGain = 5e-4;           // of the mean imbalance, for a step
-inline constexpr double kLikely = 0.0, kSure = 1.0;  // standard errors, on a few batches and on all
+inline constexpr double kLeastGain = 2e-4;            // of the mean imbalance, for a step
+inline constexpr double kLikely = -0.5, kSure = 0.3;  // standard errors, on a few batches and on all
 
 struct Candidate {
   SlotWrite first, second;  // second.slot < 0: one write alone
@@ -121,7 +121,7 @@ class ChangeSearch {
 
   // Takes steps until the imbalance is low enough, or so many in a row find nothing, each among other batches.
   void descend(double wanted, int most_idle) {
-    for (int step = 0, idle = 0; idle < most_idle && n_writes() < task_.most_writes; ++step) {
+    for (int step = 0, idle = 0; idle < most_idle && n_moved_ < task_.most_writes; ++step) {
       look(step);
       draft_->solve_and_level(now_.data(), few_, level_.data(), share_.data());
       const double now = average(now_, width_);
@@ -129,8 +129,6 @@ class ChangeSearch {
       idle = take_best(now) ? 0 : idle + 1;
     }
   }
-
-  int n_writes() const { return static_cast<int>(path_.writes.size()); }
 
   static double average(const std::vector<double>& x, int n) {
     double sum = 0.0;
@@ -162,6 +160,17 @@ class ChangeSearch {
   }
   double price_of(const change::Candidate& c) const {
     return price_of(c.first) + (c.second.slot < 0 ? 0.0 : price_of(c.second));
+  }
+  // Slots that differ from the start with it and do not without.
+  int moves_of(const SlotWrite& w) const {
+    const int r = draft_->rank_of(w.slot);
+    return static_cast<int>(at_start(r, draft_->expert_at[w.slot])) - static_cast<int>(at_start(r, w.expert));
+  }
+  int moves_of(const change::Candidate& c) const {
+    return moves_of(c.first) + (c.second.slot < 0 ? 0 : moves_of(c.second));
+  }
+  bool affordable(const change::Candidate& c) const {
+    return n_moved_ + moves_of(c) <= task_.most_writes && spent_ + price_of(c) <= task_.most_cost;
   }
   // A write that undoes another is not free of all doubt.
   double weight_of(const change::Candidate& c) const {
@@ -223,7 +232,7 @@ class ChangeSearch {
   }
 
   void offer(const change::Candidate& c, double saved, change::Best<change::Candidate>& best) const {
-    if (saved > 0.0) best.offer(saved / weight_of(c), c);
+    if (saved > 0.0 && affordable(c)) best.offer(saved / weight_of(c), c);
   }
 
   double crowding(int e, double* level, double* share) const {
@@ -340,6 +349,8 @@ class ChangeSearch {
     if (best.kept().empty()) return false;
     const change::Candidate& c = best.kept()[0].item;
     const double gain = best.kept()[0].score * weight_of(c);
+    n_moved_ += moves_of(c);
+    spent_ += price_of(c);
     path_.writes.push_back(c.first);
     close(c.first.slot);
     if (c.second.slot >= 0) {
@@ -358,6 +369,8 @@ class ChangeSearch {
   int width_ = 0, few_ = 0;           // batches looked at at once; those of them that candidates are guessed from
   std::unique_ptr<Draft<Solve>> draft_;
   std::vector<double> level_, share_, now_, then_;  // [n_ranks | n_physical, few], [width]
+  int n_moved_ = 0;                                 // slots that differ from the start
+  double spent_ = 0.0;                              // on them
   std::vector<char> left_;                          // [n_ranks, n_logical] experts that were taken off a rank
   ChangePath path_;
 };

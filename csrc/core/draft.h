@@ -18,7 +18,8 @@ struct ChangeTask {
   const int64_t* loads;  // [batches, n_logical] whole tokens, or fixed point; a batch sums to less than 2^52
   int batches;           // at least 1
   const double* cost;    // [n_logical] of one write of an expert, above 0
-  int most_writes;       // the search ends when it has made as many
+  int most_writes;       // slots that may differ from phy2log in the end
+  double most_cost;      // and what they may cost
   double wanted;         // mean imbalance that is low enough
 };
 

@@ -148,7 +148,6 @@ def _changing(setting: Setting, n_groups: int, first: Placer) -> Placer:
                 _nowhere_empty(history),
                 group_size=setting.group_size,
                 n_nodes=n_nodes,
-                fallback=setting.split,
             )
             assert isinstance(changes, list)
             current = [change.placement for change in changes]
