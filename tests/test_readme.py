@@ -3,7 +3,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+# What a document's examples take as given.
+GIVEN = {
+    "placement.md": """
+import numpy as np
+rng = np.random.default_rng(0)
+ep_group, n_layers, n_logical = None, 2, 256
+history = rng.poisson(100 * rng.lognormal(0, 0.8, n_logical), (16, n_logical))
+counts = rng.poisson(100, (n_layers, n_logical))
+""",
+    "simulate.md": "",
+}
 
 
 def test_the_example_prints_what_the_readme_says() -> None:
@@ -12,3 +27,21 @@ def test_the_example_prints_what_the_readme_says() -> None:
     code, printed = example.groups()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == printed
+
+
+@pytest.mark.parametrize("document", GIVEN)
+def test_the_examples_of_a_document_run_one_after_the_other(document: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / document).read_text(), re.DOTALL)
+    assert blocks
+    code = "\n".join([GIVEN[document], *blocks])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_block_of_figures_is_filled() -> None:
+    text = README.read_text()
+    blocks = re.findall(r"<!-- figures: .*?-->\n(.*?)<!-- end of figures", text, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        assert block.count("\n| ") >= 5
+    assert not re.search(r"@[A-Z]\d", text)
