@@ -20,6 +20,7 @@ from lplb.replay import CheckFailed
 from lplb.simulate import results, simulate
 from lplb.simulate import run as simulating
 from lplb.simulate.placers import NAMES, topology_by_name
+from lplb.simulate.verdict import best_columns, remark
 
 LAYERS, EXPERTS, RANKS, SLOTS = 2, 12, 4, 20
 
@@ -387,6 +388,41 @@ def test_numbers_of_numpy_are_numbers():
     options = {"n_ranks": n(4), "n_physical": n(SLOTS), "n_nodes": n(2), "refresh": n(3), "expert_bytes": n(5)}
     result = simulate(loads(sources=2), policy="eplb", group_size=n(2), window=n(4), **options)
     assert json.loads(results.to_json([result], PHASE, "x"))["simulations"][0]["setting"]["n_nodes"] == 2
+
+
+# ---- what is best
+
+
+def timed(seconds, policy, n_ranks=4, tokens=480):
+    return simulate(
+        loads(tokens=tokens),
+        n_ranks=n_ranks,
+        policy=policy,
+        refresh=3,
+        layer_seconds=lambda quota, _: np.full(len(quota), seconds),
+    )
+
+
+def test_least_imbalance_and_least_time_are_marked_each():
+    slow, fast, other = timed(162e-6, "lp"), timed(62e-6, "none"), timed(70e-6, "none", n_ranks=2)
+    assert slow.summary.imbalance_mean < fast.summary.imbalance_mean
+    assert best_columns([fast, slow, other]) == [{6}, {0}, {0, 6}]
+    untimed = replace(fast, layer_seconds=None), replace(slow, layer_seconds=None)
+    assert best_columns(untimed) == [set(), {0}]
+    assert remark(untimed, 2, 100e-6) == ""
+
+
+def test_says_where_balance_is_not_the_fastest():
+    slow, fast, other = timed(162e-6, "lp"), timed(62e-6, "none"), timed(70e-6, "none", n_ranks=2)
+    said = remark([fast, slow, other], 2, 100e-6)
+    assert "on 4 ranks the least imbalance (lp / lp) takes 162 µs, the fastest (none) 62 µs" in said
+    assert "with 60 tokens per rank" in said  # 480 choices, 2 of each token, 4 ranks
+    assert "There the 100 µs that are assumed for the planner cost more than balance saves" in said
+    assert "2 ranks" not in said
+    assert "--scale" in said
+    assert "lplb advise" in said
+    assert "There copies, and the 90 µs" in remark([fast, slow], 2, 90e-6)
+    assert remark([slow, timed(170e-6, "none")], 2, 100e-6) == ""
 
 
 # ---- files
