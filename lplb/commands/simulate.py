@@ -344,7 +344,7 @@ def _from_files(paths: Sequence[str], n_logical: int | None, first_axis: FirstAx
     if not recorded.all():
         name += f", {recorded.sum()} of {len(loads)} layers"
     if loads.max() > MOST_TOKENS:
-        raise ValueError(f"{name} has {loads.max():g} tokens of an expert, allowed are {MOST_TOKENS}")
+        raise ValueError(f"{name} has {loads.max():.0f} tokens of an expert, allowed are up to {MOST_TOKENS}")
     counts, how = _whole(loads[recorded].transpose(1, 0, 2))
     return Scene(name + how, counts, ["recorded"] * len(counts))
 

@@ -93,7 +93,11 @@ NOTES = (
         "cross-node",
         "Share of tokens, each once per expert, that leave their node; copies take their own node's tokens first.",
     ),
-    ("moved each", "What ranks get anew each time that experts are placed again: weights, all layers together."),
+    (
+        "moved each",
+        "What ranks get anew each time that experts are placed again, ranks being named so that most experts stay: "
+        "weights, all layers together.",
+    ),
 )
 """What the words in the table mean."""
 

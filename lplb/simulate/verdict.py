@@ -50,24 +50,31 @@ def remark(simulations: Sequence[Simulation], top_k: int, planner_seconds: float
         top_k: experts that each token chooses.
         planner_seconds: what the model takes for the planner of ``"lp"`` splits.
     """
-    found, planner_only = [], True
+    found, costly = [], set()
     for same in _sections(simulations):
         even = min(same, key=lambda s: (_imbalance(s), _seconds(s)))
         fast = min(same, key=_seconds)
         if cells(fast)[_TIME] == cells(even)[_TIME]:
             continue
-        tokens = even.mean_load.mean() / top_k
+        choices = even.mean_load.mean()
+        tokens = f"{choices / top_k:,.{0 if choices >= 10 * top_k else 1}f} tokens per rank ({choices:,.0f} choices)"
         found.append(
             f"on {section(even)} the least imbalance ({even.setting.name}) takes {cells(even)[_TIME]}, the fastest "
-            f"({fast.setting.name}) {cells(fast)[_TIME]}, with {tokens:,.{0 if tokens >= 10 else 1}f} tokens per rank"
+            f"({fast.setting.name}) {cells(fast)[_TIME]}, with {tokens}"
         )
         planned = even.setting.split == "lp" and even.setting.policy != "none"
-        planner_only = planner_only and planned and _seconds(even) - planner_seconds <= _seconds(fast)
+        if planned:
+            costly.add("planner")
+        if not planned or _seconds(even) - planner_seconds > _seconds(fast):
+            costly.add("copies")
     if not found:
         return ""
-    planner = f"{planner_seconds * 1e6:.0f} µs that are assumed for the planner"
-    cost = f"the {planner} cost" if planner_only else f"copies, and the {planner}, cost"
+    parts = {
+        "copies": "copies, whose weights are read once more each,",
+        "planner": f"the {planner_seconds * 1e6:.0f} µs that are assumed for the planner",
+    }
+    cost = " and ".join(text for name, text in parts.items() if name in costly)
     return (
-        f"Balanced best is not fastest here, by the model: {'; '.join(found)}. There {cost} more than balance saves; "
+        f"Balanced best is not fastest here, by the model: {'; '.join(found)}. There {cost} cost more than balance saves; "
         "from how many tokens on it pays, lplb advise says, and --scale N shows, which counts every token N times."
     )
