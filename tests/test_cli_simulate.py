@@ -15,7 +15,7 @@ import lplb.simulate
 from lplb import cli, scenes
 from lplb.cost import HARDWARE, layer_time
 from lplb.models import MODELS
-from lplb.simulate import results, simulate
+from lplb.simulate import compare, results, simulate
 
 pytest.importorskip("rich", reason="needs rich: pip install lplb[demo]")
 
@@ -101,17 +101,23 @@ def test_files_are_there_before_the_table(tmp_path, monkeypatch):
     assert (tmp_path / "a.csv").read_text().startswith(",".join(results.BATCH_COLUMNS))
 
 
-def test_a_closed_pipe_and_an_interrupt_end_quietly(monkeypatch, capfd):
-    def fail(error):
-        def table(*_):
-            raise error
+@pytest.mark.parametrize("arguments", [["env"], ["env", "--json"], [*SMALL, "--policy", "none", "--json"]])
+def test_a_closed_pipe_ends_quietly(arguments):
+    code = "import sys; from lplb.cli import main; sys.exit(main())"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
-        return table
 
-    compare = pytest.importorskip("lplb.simulate.compare")
-    monkeypatch.setattr(compare, "table", fail(KeyboardInterrupt()))
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "compare", interrupted)
     assert run("--policy", "none") == 130
-    assert capfd.readouterr().err == "lplb: interrupted\n"
+    assert capsys.readouterr().err == "lplb: interrupted\n"
 
 
 def test_least_imbalance_and_least_time_are_green(capsys, monkeypatch):

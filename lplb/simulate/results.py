@@ -88,6 +88,7 @@ NOTES = (
         "lower bound",
         "No split of the tokens over this placement has a lower mean imbalance: a proof, from the LP's dual.",
     ),
+    ("green", "The least mean imbalance, and the least modelled time, on as many ranks: not always the same row's."),
     ("balanced", "Mean over busiest, averaged: what serving engines print."),
     (
         "cross-node",

@@ -70,11 +70,11 @@ def remark(simulations: Sequence[Simulation], top_k: int, planner_seconds: float
     if not found:
         return ""
     parts = {
-        "copies": "copies, whose weights are read once more each,",
+        "copies": "copies in use, whose weights are read once more each,",
         "planner": f"the {planner_seconds * 1e6:.0f} µs that are assumed for the planner",
     }
     cost = " and ".join(text for name, text in parts.items() if name in costly)
     return (
-        f"Balanced best is not fastest here, by the model: {'; '.join(found)}. There {cost} cost more than balance saves; "
-        "from how many tokens on it pays, lplb advise says, and --scale N shows, which counts every token N times."
+        f"Balanced best is not fastest here, by the model: {'; '.join(found)}. There {cost} cost more than balance "
+        "saves; from how many tokens on it pays, lplb advise says, and --scale N shows: it counts every token N times."
     )
