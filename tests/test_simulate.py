@@ -459,8 +459,9 @@ def test_least_imbalance_and_least_time_are_marked_each():
 def test_says_where_balance_is_not_the_fastest():
     slow, fast, other = timed(162e-6, "lp"), timed(62e-6, "none"), timed(70e-6, "none", n_ranks=2)
     said = remark([fast, slow, other], 2, 100e-6)
-    assert "on 4 ranks the least imbalance (lp / lp) takes 162 µs, the fastest (none) 62 µs" in said
-    assert "with 60 tokens per rank (120 choices)" in said  # 480 choices, 2 of each token, 4 ranks
+    assert (
+        "on 4 ranks (60 tokens, 120 choices, per rank) lp / lp 162 µs, none 62 µs." in said
+    )  # 480 choices, 2 of each token, 4 ranks
     assert "There the 100 µs that are assumed for the planner cost more than balance saves" in said
     assert "2 ranks" not in said
     assert "--scale" in said

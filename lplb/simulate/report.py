@@ -76,7 +76,8 @@ def page(simulations: Sequence[Simulation], phase: Sequence[str], loads: str, co
     parts = {
         "TITLE": html.escape(loads),
         "SPAN": html.escape(_span(simulations[0])),
-        "HEADLINE": f"{_headline(best, _baseline(best, simulations))} {html.escape(remark)}",
+        "HEADLINE": _headline(best, _baseline(best, simulations))
+        + f" <small>{html.escape(remark)}</small>" * bool(remark),
         "ROWS": _rows(simulations),
         "NOTES": "".join(f"<dt>{html.escape(word)}</dt><dd>{html.escape(text)}</dd>" for word, text in NOTES),
         "COSTS": html.escape(costs),

@@ -57,10 +57,10 @@ def remark(simulations: Sequence[Simulation], top_k: int, planner_seconds: float
         if cells(fast)[_TIME] == cells(even)[_TIME]:
             continue
         choices = even.mean_load.mean()
-        tokens = f"{choices / top_k:,.{0 if choices >= 10 * top_k else 1}f} tokens per rank ({choices:,.0f} choices)"
+        tokens = f"{choices / top_k:,.{0 if choices >= 10 * top_k else 1}f} tokens, {choices:,.0f} choices, per rank"
         found.append(
-            f"on {section(even)} the least imbalance ({even.setting.name}) takes {cells(even)[_TIME]}, the fastest "
-            f"({fast.setting.name}) {cells(fast)[_TIME]}, with {tokens}"
+            f"on {section(even)} ({tokens}) {even.setting.name} {cells(even)[_TIME]}, {fast.setting.name} "
+            f"{cells(fast)[_TIME]}"
         )
         planned = even.setting.split == "lp" and even.setting.policy != "none"
         if planned:
@@ -75,6 +75,6 @@ def remark(simulations: Sequence[Simulation], top_k: int, planner_seconds: float
     }
     cost = " and ".join(text for name, text in parts.items() if name in costly)
     return (
-        f"Balanced best is not fastest here, by the model: {'; '.join(found)}. There {cost} cost more than balance "
-        "saves; from how many tokens on it pays, lplb advise says, and --scale N shows: it counts every token N times."
+        f"The least imbalance is not the fastest, by the model: {'; '.join(found)}. There {cost} cost more than "
+        "balance saves; lplb advise says from how many tokens on it pays, and --scale N counts every token N times."
     )
