@@ -1,6 +1,7 @@
 """The command ``lplb``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; by default those of the process.
 
     Returns:
-        The exit status: 0, 1 when something failed, 2 when something is missing. Wrong usage exits with 2.
+        The exit status: 0, 1 when something failed or nobody reads the output any more, 2 when something is missing,
+        130 when interrupted. Wrong usage exits with 2.
     """
     parser = argparse.ArgumentParser(prog="lplb", description="Certified load balancing for expert parallelism")
     parser.add_argument("--version", action="version", version=f"lplb {__version__}")
@@ -39,8 +41,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         add_options(commands.add_parser(name, help=what))
     arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()  # here, where a closed pipe can still be told from other errors
+    except BrokenPipeError:
+        _silence()
+        return 1
+    except KeyboardInterrupt:
+        print("lplb: interrupted", file=sys.stderr)
+        return 130
     return status
+
+
+def _silence() -> None:
+    """Let what is still buffered go nowhere: Python flushes at its end, which would fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +81,8 @@ def _demo(arguments: argparse.Namespace) -> int:
         return 2
     try:
         demo.run_demo(arguments.ranks, arguments.batches, arguments.picture)
+    except BrokenPipeError:
+        raise
     except (replay.CheckFailed, ValueError, OSError) as error:
         print(f"lplb demo: {error}", file=sys.stderr)
         return 1

@@ -13,7 +13,7 @@ from test_cost import slow_seconds
 
 from lplb import Placement, Planner, cli, scenes
 from lplb.advise import profiles
-from lplb.advise.choices import MOST_DIRECT, SIZES, generated, loads_by_name, recorded, study
+from lplb.advise.choices import MOST_DIRECT, SIZES, generated, loads_by_name, nodes_of, recorded, study
 from lplb.advise.worth import FACTORS, WORTH, Study, pays_at
 from lplb.commands.advise import late_progress
 from lplb.cost import HARDWARE
@@ -474,6 +474,53 @@ def test_the_command_says_what_is_wrong(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "rich", None)
     assert cli.main(["advise", "--model", "kimi-k2", "--ranks", "8"]) == 2
     assert "lplb[demo]" in capsys.readouterr().err
+
+
+def test_the_command_names_its_options(capsys, tmp_path):
+    base = ["advise", "--model", "gpt-oss-120b", "--json", "--tokens", "64", "--redundancy", "0"]
+    assert cli.main([*base, "--ranks", "12"]) == 1
+    assert "--ranks is 12, allowed without --nodes is up to 8 or a multiple of 8" in capsys.readouterr().err
+    assert cli.main([*base, "--ranks", "8", "--load", ""]) == 1
+    assert "--load is '', allowed is lognormal, trace, or a file" in capsys.readouterr().err
+    assert cli.main([*base, "--ranks", "8", "--load", "trace", "--load", "a.npy"]) == 1
+    assert "loads is 'trace' and others, allowed is 'trace' alone" in capsys.readouterr().err
+
+
+def test_several_files_follow_each_other(capsys, tmp_path):
+    loads = np.random.default_rng(0).integers(1, 100, (50, 2, 128))  # batches first
+    paths = [str(tmp_path / name) for name in ("a.npy", "b.npy")]
+    np.save(paths[0], loads[:20])
+    np.save(paths[1], loads[20:])
+    found = loads_by_name(paths, MODELS["gpt-oss-120b"], first_axis="batches")
+    assert found.name == ", ".join(paths)
+    assert np.array_equal(found.cases[0].history, loads[:32, 0])
+    base = ["advise", "--model", "gpt-oss-120b", "--ranks", "8", "--json", "--tokens", "64", "--redundancy", "0"]
+    several = [part for path in paths for part in ("--load", path)]
+    assert cli.main([*base, *several, "--first-axis", "batches"]) == 0
+    assert json.loads(capsys.readouterr().out)["loads"]["name"] == ", ".join(paths)
+
+
+def test_runs_that_end_with_the_exchange_say_so(skewed):
+    _, found = skewed
+    i = [found.sizes.index(size) for size in (192, 256)]
+    planned = 100e-6
+    for saved, exchange, said in ((i, "auto", True), (i, "by_node", False), (i[:1], "auto", False)):
+        times = {"none": np.full(len(found.sizes), 1e-3), "lp": np.full(len(found.sizes), 1e-3)}
+        times["lp"][[*saved, *range(found.sizes.index(1024), len(found.sizes))]] = 0.5e-3
+        options = [
+            replace(found.options[0], redundant=0, policy="none", split="even", seconds={"h200": times["none"]}),
+            replace(found.options[0], redundant=1, policy="lp", split="even", seconds={"h200": times["none"]}),
+            replace(found.options[0], redundant=1, policy="lp", split="lp", seconds={"h200": times["lp"] - planned}),
+        ]
+        sentence = replace(found, options=options, exchange=exchange, planner_seconds=planned).sentences()[-3]
+        assert f"(and at 192{' to 256' if len(saved) == 2 else ''}" in sentence
+        assert ("ends where the model's exchange changes, at 256 tokens per rank" in sentence) == said
+
+
+def test_nodes_hold_at_most_8_ranks():
+    for n in range(1, 200):
+        even = [nodes for nodes in range(1, n + 1) if n % nodes == 0 and n // nodes <= 8]
+        assert nodes_of(n) == min(even)
 
 
 def test_progress_comes_late_and_goes_to_the_end():

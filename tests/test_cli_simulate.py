@@ -2,14 +2,20 @@
 
 import csv
 import json
+import os
+import re
+import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import lplb.simulate
 from lplb import cli, scenes
-from lplb.simulate import results, simulate
+from lplb.cost import HARDWARE, layer_time
+from lplb.models import MODELS
+from lplb.simulate import compare, results, simulate
 
 pytest.importorskip("rich", reason="needs rich: pip install lplb[demo]")
 
@@ -74,6 +80,102 @@ def test_csv_and_json_go_where_they_are_told(tmp_path, capsys):
     assert json.loads((tmp_path / "a.json").read_text())["version"] == 1
 
 
+def test_json_needs_no_file_and_no_rich(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"] + ["rich"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run("--policy", "none", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["loads"] == "router trace"
+    assert captured.err == ""
+
+
+def test_files_are_there_before_the_table(tmp_path, monkeypatch):
+    """Whoever reads the table may stop reading at its first line."""
+    code = "import sys; from lplb.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *SMALL, "--policy", "none", "--csv", str(tmp_path / "a.csv")]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert (tmp_path / "a.csv").read_text().startswith(",".join(results.BATCH_COLUMNS))
+
+
+@pytest.mark.parametrize("arguments", [["env"], ["env", "--json"], [*SMALL, "--policy", "none", "--json"]])
+def test_a_closed_pipe_ends_quietly(arguments):
+    code = "import sys; from lplb.cli import main; sys.exit(main())"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "compare", interrupted)
+    assert run("--policy", "none") == 130
+    assert capsys.readouterr().err == "lplb: interrupted\n"
+
+
+def test_least_imbalance_and_least_time_are_green(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert run("--policy", "none", "eplb", "--split", "lp", "--planner-seconds", "0.01") == 0
+    printed = capsys.readouterr().out
+    counts = scenes.trace().counts[:20, :2]
+    none, eplb = (simulate(counts, n_ranks=8, policy=policy) for policy in ("none", "eplb"))
+    green = re.findall(r"\x1b\[1;32m *([^\x1b]*?) *\x1b", printed)
+    assert green[1] == f"{eplb.summary.imbalance_mean:.3f}" < f"{none.summary.imbalance_mean:.3f}"
+    assert len(green) == 2
+    assert green[0].endswith("µs")
+    plain = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", printed).split())
+    assert re.search(rf"per rank\) eplb / lp 10\d\d\d µs, none {green[0]}\. There", plain)
+    assert "10000 µs that are assumed for the planner cost more than balance saves" in plain
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks_per_node", "exchange"),
+    [
+        ([], 8, "direct"),
+        (["--nodes", "4"], 4, "direct"),
+        (["--nodes", "1"], 16, "direct"),
+        (["--exchange", "by_node"], 8, "by_node"),
+        (["--scale", "100"], 8, "by_node"),
+        (["--scale", "100", "--exchange", "direct"], 8, "direct"),
+    ],
+)
+def test_the_models_nodes_and_exchange(options, ranks_per_node, exchange, capsys):
+    arguments = ["--ranks", "16", "--policy", "none", *options]
+    assert run(*arguments, "--json") == 0
+    got = json.loads(capsys.readouterr().out)["simulations"][0]
+    counts = scenes.trace().counts[16:20, :2] * (100 if "--scale" in options else 1)
+    shape = replace(MODELS["deepseek-v3"], n_logical=64, n_group=1, topk_group=1)
+    expected = layer_time(counts, 16, shape, HARDWARE["h200"], ranks_per_node=ranks_per_node, exchange=exchange)
+    assert np.allclose(got["batches"]["layer_seconds"], expected, rtol=1e-12)
+    assert (got["batches"]["cross_node_tokens"] is None) == (options[:1] != ["--nodes"] or options[1] == "1")
+    assert run(*arguments) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"16 ranks in {16 // ranks_per_node} nodes" in said
+    assert ("assumed: at most 8 each" in said) == ("--nodes" not in options)
+
+
+def test_what_nobody_asked_for_is_left_out(capsys):
+    scene = ["--scene", "lognormal", "--experts", "20", "--tokens", "320"]
+    assert run(*scene, "--ranks", "5", "8", "--split", "even", "--json") == 0
+    captured = capsys.readouterr()
+    found = [(s["setting"]["n_ranks"], s["setting"]["policy"]) for s in json.loads(captured.out)["simulations"]]
+    rest = ["eplb", "eplb-distinct", "lp", "lp-change"]
+    assert found == [(5, "none"), *((5, p) for p in rest), *((8, p) for p in rest)]
+    assert "Without none on 8 ranks: 20 experts do not divide evenly there.\n" in captured.err
+    assert cli.main([*SMALL, *scene, "--policy", "none"]) == 1
+    assert "n_physical is 20, allowed is a multiple of n_ranks = 8" in capsys.readouterr().err
+
+
 def test_generated_loads(capsys):
     options = ["--scene", "hot", "share=0.3", "period=5", "--experts", "32", "--tokens", "4096", "--seed", "4"]
     assert run(*options, "--policy", "none", "--json", "-") == 0
@@ -99,6 +201,43 @@ def test_a_users_file(tmp_path, capsys):
     assert cli.main(["simulate", "--load", str(path), "--ranks", "4", "--nodes", "2", "--policy", "none"]) == 0
 
 
+def test_several_files_follow_each_other(tmp_path, capsys):
+    loads = scenes.lognormal(24, 2, 16, tokens=640, seed=2)  # batches first
+    paths = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    np.save(paths[0], loads[:10])
+    np.save(paths[1], loads[10:])
+    several = [part for path in paths for part in ("--load", str(path))]
+    options = ["--ranks", "4", "--policy", "none", "--json"]
+    assert cli.main(["simulate", *several, "--first-axis", "batches", *options]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["loads"] == "a.npy, b.npy"
+    expected = loads[16:].reshape(8, 2, 4, 4).sum(-1)
+    assert np.array_equal(data["simulations"][0]["batches"]["rank_load"], expected)
+
+
+def test_shares_become_tokens_and_averages_are_rounded(tmp_path, capsys):
+    counts = scenes.lognormal(20, 1, 16, tokens=64000, seed=2)
+    path = tmp_path / "a.npy"
+    command = ["simulate", "--load", str(path), "--ranks", "4", "--policy", "none", "--json"]
+    for unit, name in ((64000, "a.npy, scaled to 32,768 a batch, as they are no whole tokens"), (0.99, "a.npy")):
+        shares = counts.transpose(1, 0, 2) / unit
+        np.save(path, shares)
+        assert cli.main(command) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data["loads"] == name
+        whole = np.rint(shares * (32768 if unit == 64000 else 1))
+        expected = whole[0, 16:].reshape(4, 1, 4, 4).sum(-1)
+        assert np.array_equal(data["simulations"][0]["batches"]["rank_load"], expected)
+
+
+def test_too_many_tokens_are_named_without_a_scale(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.full((1, 20, 8), 2**31, dtype=np.int64))
+    assert cli.main(["simulate", "--load", str(tmp_path / "a.npy")]) == 1
+    said = capsys.readouterr().err
+    assert "a.npy has 2147483648 tokens of an expert, allowed are up to 2147483647" in said
+    assert "--scale" not in said
+
+
 def test_a_file_without_tokens(tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.zeros((2, 20, 8), dtype=np.int64))
     assert cli.main(["simulate", "--load", str(tmp_path / "a.npy")]) == 1
@@ -116,10 +255,20 @@ def test_a_file_without_tokens(tmp_path, capsys):
         (["--tokens", "9"], "--tokens is 9, allowed with --scene only"),
         (["--scale", "0"], "--scale is 0, allowed is 1 or more"),
         (["--scale", str(2**31)], "--scale is 2147483648, allowed"),
-        (["--ranks", "7"], "n_physical is 64, allowed is a multiple of n_ranks = 7"),
         (["--ranks", "0"], "n_ranks is 0, allowed is 1 or more"),
-        (["--nodes", "3"], "sources is 3, allowed is a divisor of 1024"),
-        (["--nodes", "16"], "n_ranks is 8, allowed is a multiple of n_nodes = 16"),
+        (["--nodes", "3"], "--nodes is 3, allowed is a divisor of --ranks 8"),
+        (["--nodes", "16"], "--nodes is 16, allowed is a divisor of --ranks 8"),
+        (["--nodes", "0"], "--nodes is 0, allowed is a divisor of --ranks 8"),
+        (["--ranks", "24", "--nodes", "3"], "--nodes is 3: sources is 3, allowed is a divisor of 1024"),
+        (["--load", ""], "--load is '', allowed is a file"),
+        (["--csv", ""], "--csv is '', allowed is a file"),
+        (["--json", ""], "--json is '', allowed is a file"),
+        (["--report", ""], "--report is '', allowed is a file"),
+        (["-o", ""], "--output is '', allowed is a folder"),
+        (["--first-axis", "layers"], "--first-axis is layers, allowed with --load only"),
+        (["--scene", "zipf", "--first-axis", "layers"], "--first-axis is layers, allowed with --load only"),
+        (["--scene", "zipf", "sources=2"], "--scene has sources, allowed is the option --nodes"),
+        (["--policy", "none", "--ranks", "5"], "n_physical is 64, allowed is a multiple of n_ranks = 5"),
         (["--redundant", "-1"], "redundant is -1, allowed is 0 or more"),
         (["--slots", "60"], "n_physical is 60, allowed is 64 or more"),
         (["--planner-seconds", "-1"], "planner_seconds is -1.0, allowed is 0 or more"),

@@ -74,6 +74,29 @@ def test_headline_and_table_say_the_numbers(simulations, phase):
         assert s.setting.name + "".join(results.cells(s)) in page.text["tbody"]
 
 
+def seconds(of):
+    return lambda quota, _: np.full(len(quota), of)
+
+
+@pytest.fixture(scope="module")
+def slower():
+    """A pair of which the balanced one is the slower."""
+    counts = scenes.trace(2).counts[:BATCHES, :LAYERS]
+    options = {"n_ranks": 8, "n_nodes": 2, "refresh": 8, "expert_bytes": 1000}
+    return [
+        simulate(counts, policy="none", layer_seconds=seconds(62e-6), **options),
+        simulate(counts, policy="eplb", layer_seconds=seconds(162e-6), **options),
+    ]
+
+
+def test_best_of_each_column_is_marked(slower, phase):
+    page = report.page(slower, phase, "loads", "a model", remark="Not <the> fastest.")
+    rows = re.findall(r"<tr data-row=.*?</tr>", page)
+    best = [re.findall(r"<td class=best>(.*?)</td>", row) for row in rows]
+    assert best == [["62 µs"], [f"{slower[1].summary.imbalance_mean:.3f}"]]
+    assert Text(page).text["headline"].endswith("Not <the> fastest.")
+
+
 def test_names_are_data(simulations, phase):
     plain, hostile = (Text(report.page(simulations, phase, name, name)) for name in ("loads", HOSTILE))
     assert hostile.tags == plain.tags  # no element more, none less
@@ -295,6 +318,32 @@ def test_numbers_are_the_simulations(opened, simulations):
             assert f"{summary.imbalance_mean:.3f}" in page.locator("#cards").inner_text()
     for i, s in enumerate(simulations):
         assert page.locator(f"tr[data-row='{i}'] td").all_inner_texts() == results.cells(s)
+
+
+def test_a_tile_that_got_worse_says_so(browser, slower, phase, tmp_path):
+    report.write(tmp_path / "a.html", slower, phase, "loads", "a model")
+    page = browser.new_page()
+    page.goto((tmp_path / "a.html").as_uri())
+    page.wait_for_selector("body[data-ready]", timeout=60_000)
+    colours = page.locator("#cards .is").evaluate_all(
+        "all => Object.fromEntries(all.map((e) => [e.dataset.key, getComputedStyle(e).color]))"
+    )
+    page.close()
+    better, worse = slower[1].summary, slower[0].summary
+    assert better.imbalance_mean < worse.imbalance_mean
+    assert better.balancedness > worse.balancedness
+    assert better.slots_moved > 0
+    assert colours["layer_seconds_mean"] == colours["moved_bytes"] != colours["imbalance_mean"]
+    assert colours["imbalance_mean"] == colours["balancedness"]
+
+
+@pytest.mark.parametrize("width", [1280, 1440])
+def test_no_row_of_the_table_is_hidden(opened, width):
+    page = opened(width=width)
+    shown = page.evaluate(
+        "(({scrollHeight, clientHeight}) => [scrollHeight, clientHeight])(document.querySelector('.scroll'))"
+    )
+    assert shown[0] <= shown[1]
 
 
 def test_a_row_of_the_table_chooses(opened, simulations):

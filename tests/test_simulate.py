@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 from dataclasses import replace
 from fractions import Fraction
@@ -16,10 +17,12 @@ from reference_traffic import traffic_of
 
 from lplb import Placement, Planner, scenes
 from lplb.exchange import Known
+from lplb.policies import place
 from lplb.replay import CheckFailed
 from lplb.simulate import results, simulate
 from lplb.simulate import run as simulating
 from lplb.simulate.placers import NAMES, topology_by_name
+from lplb.simulate.verdict import best_columns, remark
 
 LAYERS, EXPERTS, RANKS, SLOTS = 2, 12, 4, 20
 
@@ -193,6 +196,48 @@ def test_placements_that_stay_move_nothing():
     answers = iter([same, relabelled, same])
     result = simulate(loads(9), n_ranks=4, n_physical=SLOTS, policy=lambda _: next(answers), refresh=3)
     assert result.slots_moved.sum() == 0
+
+
+@pytest.mark.parametrize("policy", ["eplb", "eplb-distinct", "lp"])
+@pytest.mark.parametrize(("group_size", "n_nodes"), [(4, 1), (2, 1), (4, 2), (2, 2)])
+def test_names_of_ranks_move_nothing(policy, group_size, n_nodes):
+    """New placements are the policy's own, under the names of ranks that brute force finds to move least."""
+    counts = loads(13, seed=4)
+    options = {"group_size": group_size, "n_nodes": n_nodes}
+    result = simulate(counts, n_ranks=4, n_physical=SLOTS, policy=policy, refresh=4, window=4, **options)
+    node = 4 // n_nodes
+    names = [
+        order
+        for order in itertools.permutations(range(4))
+        if all(
+            len({order[r] // size for r in range(first, first + size)}) == 1
+            for size in (group_size, node)
+            for first in range(0, 4, size)
+        )
+    ]
+    least = plain = 0
+    for i, layer in np.ndindex(result.slots_moved.shape):
+        history = counts[4 * i : 4 * i + 4, layer]
+        own = place(history, n_ranks=4, n_physical=SLOTS, policy=policy, **options)
+        held, anew = (
+            [set(rank) for rank in p.phy2log.view(4, -1).tolist()] for p in (result.placements[i][layer], own)
+        )
+        assert any([anew[r] for r in order] == held for order in names)
+        if i:
+            old = [set(rank) for rank in result.placements[i - 1][layer].phy2log.view(4, -1).tolist()]
+            costs = [sum(len(anew[r] - old[k]) for k, r in enumerate(order)) for order in names]
+            assert result.slots_moved[i, layer] == min(costs)
+            least, plain = least + min(costs), plain + costs[0]
+    assert least < plain
+
+
+def test_nodes_that_cut_groups_keep_their_names():
+    result = simulate(loads(7, n_logical=24), n_ranks=12, policy="eplb", group_size=6, n_nodes=3, refresh=3, window=3)
+    own = [
+        place(loads(7, n_logical=24)[3:6, layer], n_ranks=12, n_physical=48, policy="eplb", group_size=6)
+        for layer in range(LAYERS)
+    ]
+    assert result.placements[1] == own
 
 
 def test_summary_is_numpys():
@@ -387,6 +432,44 @@ def test_numbers_of_numpy_are_numbers():
     options = {"n_ranks": n(4), "n_physical": n(SLOTS), "n_nodes": n(2), "refresh": n(3), "expert_bytes": n(5)}
     result = simulate(loads(sources=2), policy="eplb", group_size=n(2), window=n(4), **options)
     assert json.loads(results.to_json([result], PHASE, "x"))["simulations"][0]["setting"]["n_nodes"] == 2
+
+
+# ---- what is best
+
+
+def timed(seconds, policy, n_ranks=4, tokens=480):
+    return simulate(
+        loads(tokens=tokens),
+        n_ranks=n_ranks,
+        policy=policy,
+        refresh=3,
+        layer_seconds=lambda quota, _: np.full(len(quota), seconds),
+    )
+
+
+def test_least_imbalance_and_least_time_are_marked_each():
+    slow, fast, other = timed(162e-6, "lp"), timed(62e-6, "none"), timed(70e-6, "none", n_ranks=2)
+    assert slow.summary.imbalance_mean < fast.summary.imbalance_mean
+    assert best_columns([fast, slow, other]) == [{6}, {0}, {0, 6}]
+    untimed = replace(fast, layer_seconds=None), replace(slow, layer_seconds=None)
+    assert best_columns(untimed) == [set(), {0}]
+    assert remark(untimed, 2, 100e-6) == ""
+
+
+def test_says_where_balance_is_not_the_fastest():
+    slow, fast, other = timed(162e-6, "lp"), timed(62e-6, "none"), timed(70e-6, "none", n_ranks=2)
+    said = remark([fast, slow, other], 2, 100e-6)
+    assert (
+        "on 4 ranks (60 tokens, 120 choices, per rank) lp / lp 162 µs, none 62 µs." in said
+    )  # 480 choices, 2 of each token, 4 ranks
+    assert "There the 100 µs that are assumed for the planner cost more than balance saves" in said
+    assert "2 ranks" not in said
+    assert "--scale" in said
+    assert "lplb advise" in said
+    assert "once more each, and the 90 µs that" in remark([fast, slow], 2, 90e-6)
+    dealt = replace(slow, setting=replace(slow.setting, split="even"))
+    assert "once more each, cost more" in remark([fast, dealt], 2, 90e-6)
+    assert remark([slow, timed(170e-6, "none")], 2, 100e-6) == ""
 
 
 # ---- files

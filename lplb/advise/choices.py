@@ -17,17 +17,29 @@ import torch
 from lplb import cost, scenes
 from lplb.advise import profiles
 from lplb.advise.profiles import Profile
-from lplb.advise.worth import Option, Study
+from lplb.advise.worth import MOST_DIRECT, Option, Study
 from lplb.arguments import MAX_GROUP_SIZE, MOST_TOKENS, check_divides, seen, whole_number
 from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE, Hardware, hardware_by_name, layer_parts
 from lplb.formats import read_loads
+from lplb.formats.loads import FirstAxis
 from lplb.models import ModelShape, model_by_name
 from lplb.placement import Placement, split_evenly
 from lplb.plan import checked_solver
 from lplb.planner import Planner
 from lplb.policies import place
 
-__all__ = ["EXCHANGES", "LOADS", "MOST_DIRECT", "SIZES", "generated", "loads_by_name", "recorded", "study"]
+__all__ = [
+    "EXCHANGES",
+    "LOADS",
+    "MOST_DIRECT",
+    "SIZES",
+    "by_exchange",
+    "generated",
+    "loads_by_name",
+    "nodes_of",
+    "recorded",
+    "study",
+]
 
 SIZES = tuple(sorted({2**i for i in range(15)} | {3 * 2**i for i in range(13)}))
 """Tokens per rank that are looked at: 1 to 16,384, in steps of a third to a half."""
@@ -37,10 +49,6 @@ LOADS = ("lognormal", "trace")
 
 EXCHANGES = ("auto", *cost.EXCHANGES)
 """How tokens travel between nodes: `lplb.cost.EXCHANGES`, or by the batch size."""
-
-MOST_DIRECT = 256
-"""Up to so many tokens per rank every choice of a token travels by itself: DeepEP's documentation wants fewer than 256
-tokens for its low-latency kernels, which do that; beyond, its normal kernels are modelled."""
 
 _WAYS = (("eplb", "even"), ("eplb-distinct", "even"), ("lp", "even"), ("eplb", "lp"), ("lp", "lp"))
 _MOST_SLOTS = 64  # redundant ones per rank
@@ -84,18 +92,40 @@ def recorded(model: ModelShape) -> Profile:
     return profiles.profile(layers, model, name, notes)
 
 
-def loads_by_name(name: str, model: ModelShape, *, sigma: float = 0.85, noise: float = 0.3, seed: int = 0) -> Profile:
-    """Return the loads that ``lplb advise --load`` names: one of `LOADS`, or a file that `lplb.formats` reads.
+def loads_by_name(
+    name: str | Sequence[str],
+    model: ModelShape,
+    *,
+    sigma: float = 0.85,
+    noise: float = 0.3,
+    seed: int = 0,
+    first_axis: FirstAxis | None = None,
+) -> Profile:
+    """Return the loads that ``lplb advise --load`` names: one of `LOADS`, or files that `lplb.formats` reads.
+
+    Args:
+        name: which, or several files, as for `lplb.formats.read_loads`.
+        model: whose experts they are.
+        sigma: as for `generated`, like the next two.
+        noise: see there.
+        seed: see there.
+        first_axis: of files, as for `lplb.formats.read_loads`.
 
     Raises:
         TypeError, ValueError: loads or file do not fit the model; see `lplb.formats.read_loads`.
         OSError: the file cannot be read.
     """
-    if name == "lognormal":
+    names = [name] if isinstance(name, str) else list(name)
+    if not all(names):
+        raise ValueError("loads is '', allowed are 'lognormal', 'trace' and files")
+    if len(names) > 1 and (own := [one for one in names if one in LOADS]):
+        raise ValueError(f"loads is {own[0]!r} and others, allowed is {own[0]!r} alone, or files")
+    if names == ["lognormal"]:
         return generated(model, sigma=sigma, noise=noise, seed=seed)
-    if name == "trace":
+    if names == ["trace"]:
         return recorded(model)
-    return profiles.profile(read_loads(name, n_logical=model.n_logical), model, name)
+    loads = read_loads(names, first_axis=first_axis, n_logical=model.n_logical)
+    return profiles.profile(loads, model, ", ".join(names))
 
 
 # ---- what every option takes
@@ -201,6 +231,27 @@ class _Deployment:
         return -(-self.model.n_logical // self.n_ranks) + redundant
 
 
+def nodes_of(n_ranks: int) -> int:
+    """Return how many nodes ranks are taken to be on: one per 8, or the fewest with at most 8 that all have as many."""
+    return next(n for n in range(-(-n_ranks // 8), n_ranks + 1) if n_ranks % n == 0)
+
+
+def by_exchange(exchange: str, tokens_per_rank: npt.NDArray[Any]) -> list[tuple[str, npt.NDArray[np.bool_]]]:
+    """Return which batches travel which way, of `lplb.cost.EXCHANGES`: masks over batches, none empty.
+
+    Args:
+        exchange: one of `EXCHANGES`.
+        tokens_per_rank: of each batch, ``[n]``.
+
+    Raises:
+        ValueError: there is no such exchange.
+    """
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange is {exchange!r}, allowed are {', '.join(map(repr, EXCHANGES))}")
+    few = tokens_per_rank <= {"auto": MOST_DIRECT, "direct": np.inf, "by_node": -1}[exchange]
+    return [(way, some) for way, some in (("direct", few), ("by_node", ~few)) if some.any()]
+
+
 def _checked_deployment(
     model: ModelShape | str,
     hardware: Hardware | str,
@@ -220,7 +271,7 @@ def _checked_deployment(
     ranks = whole_number("n_ranks", n_ranks, 1, _MOST_RANKS)
     if n_nodes is None and ranks > 8 and ranks % 8:
         raise ValueError(f"n_nodes is not given, allowed only where n_ranks, {ranks}, is up to 8 or a multiple of 8")
-    nodes = max(1, ranks // 8) if n_nodes is None else whole_number("n_nodes", n_nodes, 1)
+    nodes = nodes_of(ranks) if n_nodes is None else whole_number("n_nodes", n_nodes, 1)
     check_divides("n_ranks", ranks, "n_nodes", nodes)
     size = (
         _largest_group(ranks, model)
@@ -335,9 +386,8 @@ def _measure(
 
 def _layer(at: _Deployment, hardware: Hardware, quota: npt.NDArray[Any], sizes: list[int]) -> tuple[_Floats, _Floats]:
     """A layer's time without the planner's, and what of it slots in use cost at least, ``[sizes, batches]``."""
-    few = {"auto": sum(size <= MOST_DIRECT for size in sizes), "direct": len(sizes), "by_node": 0}[at.exchange]
     time, floors = np.zeros(quota.shape[:2]), np.zeros(quota.shape[:2])
-    for some, exchange in ((slice(0, few), "direct"), (slice(few, None), "by_node")):
+    for exchange, some in by_exchange(at.exchange, np.array(sizes)):
         parts = layer_parts(
             quota[some],
             at.n_ranks,

@@ -16,13 +16,17 @@ import numpy.typing as npt
 from lplb.cost import Hardware
 from lplb.models import ModelShape
 
-__all__ = ["FACTORS", "WORTH", "Advice", "Option", "Study", "in_words", "pays_at"]
+__all__ = ["FACTORS", "MOST_DIRECT", "WORTH", "Advice", "Option", "Study", "in_words", "pays_at"]
 
 WORTH = 0.01
 """What saves less than this part of a layer's time is not advised: the model is not as exact as that."""
 
 FACTORS = (0.5, 1.0, 2.0)
 """The planner's assumed time is looked at times these."""
+
+MOST_DIRECT = 256
+"""Up to so many tokens per rank every choice of a token travels by itself: DeepEP's documentation wants fewer than 256
+tokens for its low-latency kernels, which do that; beyond, its normal kernels are modelled."""
 
 _Floats = npt.NDArray[np.float64]
 _GIB = 2.0**30
@@ -219,11 +223,21 @@ class Study:
             )
         island = ", ".join(f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in runs if b != self.sizes[-1])
         pays = f"pays from {one:,} tokens per rank on" if one else "does not pay for good at any size looked at"
-        other = f" (and at {island})" if island else ""
+        other = f" (and at {island}{self._why_it_ends(runs)})" if island else ""
         slower = f"from {twice:,} on" if twice else "never for good"
         return (
             f"{slots} the LP {pays}{other}, if the planner takes {in_words(self.planner_seconds)} per layer; from "
             f"{half:,} on at half of that, {slower} at twice as much."
+        )
+
+    def _why_it_ends(self, runs: Sequence[tuple[int, int]]) -> str:
+        """Say so where a run ends because the model sends tokens another way from there on."""
+        direct = [size for size in self.sizes if size <= MOST_DIRECT]
+        if self.exchange != "auto" or not direct or direct[-1] not in [end for _, end in runs]:
+            return ""
+        return (
+            f": that ends where the model's exchange changes, at {MOST_DIRECT} tokens per rank, and says nothing of "
+            "the loads"
         )
 
     def _say_floor(self) -> str:

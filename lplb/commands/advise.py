@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lplb.advise import choices
 from lplb.advise.worth import FACTORS, Study, in_words
+from lplb.commands.loads import MANY, add_first_axis, check_paths
 from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE
 from lplb.models import MODELS
 from lplb.plan import SOLVERS
@@ -36,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=int, required=True, metavar="N", help="ranks of the expert-parallel group")
     add("--nodes", type=int, metavar="N", help="nodes that they are on (default: one per 8 ranks)")
     add("--group-size", type=int, metavar="N", help="consecutive ranks that balance among themselves (default: all)")
-    add("--load", default="lognormal", metavar="LOADS", help="lognormal (default), trace (the recorded one), or a file")
+    add(
+        "--load",
+        action="append",
+        metavar="LOADS",
+        help=f"lognormal (default), trace (the recorded one), or a file; {MANY}",
+    )
+    add_first_axis(parser)
     add("--sigma", type=float, default=0.85, help="spread of lognormal's popularities; 0: balanced (default: 0.85)")
     add("--noise", type=float, default=0.3, help="spread of each batch's own factors (default: 0.3)")
     add("--tokens", type=int, nargs="+", default=[64, 4096], metavar="N", help="tokens per rank (default: 64 4096)")
@@ -68,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         print('lplb advise needs rich for its tables: pip install "lplb[demo]", or use --json', file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError) as error:
         print(f"lplb advise: {error}", file=sys.stderr)
         return 1
@@ -77,12 +86,19 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(a: argparse.Namespace) -> None:
     if not a.json:
         from rich.console import Console
+    names = a.load or ["lognormal"]
+    check_paths("--load", names, f"{', '.join(choices.LOADS)}, or a file")
+    if a.nodes is None and a.ranks > 8 and a.ranks % 8:
+        raise ValueError(f"--ranks is {a.ranks}, allowed without --nodes is up to 8 or a multiple of 8")
+    model = MODELS[a.model]
     with late_progress() as on_progress:
         found = choices.study(
             a.model,
             a.hardware,
             a.ranks,
-            loads=choices.loads_by_name(a.load, MODELS[a.model], sigma=a.sigma, noise=a.noise, seed=a.seed),
+            loads=choices.loads_by_name(
+                names, model, sigma=a.sigma, noise=a.noise, seed=a.seed, first_axis=a.first_axis
+            ),
             n_nodes=a.nodes,
             group_size=a.group_size,
             redundancy=a.redundancy,

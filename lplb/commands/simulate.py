@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
+import numpy.typing as npt
 
+from lplb.advise.choices import EXCHANGES, by_exchange, nodes_of
+from lplb.advise.worth import MOST_DIRECT
+from lplb.arguments import MOST_TOKENS
+from lplb.commands.loads import MANY, add_first_axis, check_paths
 from lplb.cost import ASSUMED_PLANNER_SECONDS, HARDWARE, Hardware, hardware_by_name, layer_time
 from lplb.models import MODELS, ModelShape, model_by_name
 from lplb.scenes import SCENES, Scene, make, trace
-from lplb.simulate import SPLITS, LayerSeconds
+from lplb.simulate import SPLITS, LayerSeconds, Simulation, results
 from lplb.simulate.placers import NAMES
+from lplb.simulate.verdict import remark
 
 if TYPE_CHECKING:
+    from lplb.formats.loads import FirstAxis
+    from lplb.placement import Placement
     from lplb.simulate.compare import Configuration
 
 __all__ = ["add_arguments", "run"]
@@ -29,17 +40,21 @@ Runs loads through policies that place experts, and splits that share out every 
 one table beside the certified lower bound. Without a choice the loads are the recorded router trace."""
 _SIZES = {"batches": 320, "layers": 4, "experts": 256, "tokens": 32768}
 """Of generated loads."""
+_ROUGH = 0.01  # of a file's loads, that rounding to whole tokens may change
+_POLICIES = ["none", "eplb", "eplb-distinct", "lp", "lp-change"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.description = _DESCRIPTION
-    loads = parser.add_argument_group("loads").add_mutually_exclusive_group()
+    group = parser.add_argument_group("loads")
+    loads = group.add_mutually_exclusive_group()
     loads.add_argument("--trace", action="store_true", help="the recorded router trace (the default)")
-    loads.add_argument("--load", metavar="FILE", help="a file of recorded loads")
+    loads.add_argument("--load", action="append", metavar="FILE", help=f"a file of recorded loads; {MANY}")
     loads.add_argument(
         "--scene", nargs="+", metavar=("NAME", "KEY=VALUE"), help=f"generated: {', '.join(SCENES)}; see lplb.scenes"
     )
+    add_first_axis(group)
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--batches", type=int, metavar="N", help=f"only the first N (generated: {_SIZES['batches']})")
     sizes.add_argument("--layers", type=int, metavar="N", help=f"only the first N (generated: {_SIZES['layers']})")
@@ -52,16 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--policy",
         nargs="+",
-        default=["none", "eplb", "eplb-distinct", "lp", "lp-change"],
         choices=NAMES,
         metavar="NAME",
-        help=f"of {', '.join(NAMES)} (default: none eplb eplb-distinct lp lp-change)",
+        help=f"of {', '.join(NAMES)} (default: {' '.join(_POLICIES)})",
     )
     what.add_argument("--split", nargs="+", default=["even", "lp"], choices=SPLITS, help="default: even lp")
     slots = what.add_mutually_exclusive_group()
     slots.add_argument("--redundant", type=int, default=2, metavar="N", help="spare slots per rank (default: 2)")
     slots.add_argument("--slots", type=int, metavar="N", help="slots on all ranks instead")
-    what.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1; else traffic is counted)")
+    what.add_argument(
+        "--nodes",
+        type=int,
+        metavar="N",
+        help="nodes: traffic between them is counted (default: not; the layer's time then takes one per 8 ranks)",
+    )
     what.add_argument("--group-size", type=int, metavar="N", help="consecutive ranks that balance among themselves")
     what.add_argument("--refresh", type=int, default=16, metavar="N", help="batches between placements (default: 16)")
     what.add_argument("--window", type=int, default=32, metavar="N", help="batches placed from (default: 32)")
@@ -69,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost = parser.add_argument_group("what it costs")
     cost.add_argument("--model", default="deepseek-v3", choices=MODELS, help="experts' shape (default: deepseek-v3)")
     cost.add_argument("--hardware", default="h200", choices=HARDWARE, help="default: h200")
+    cost.add_argument(
+        "--exchange", default="auto", choices=EXCHANGES, help="how tokens travel between nodes (default: auto)"
+    )
     cost.add_argument(
         "--planner-seconds",
         type=float,
@@ -79,7 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("-o", "--output", metavar="DIR", help="CSV, JSON and report into a folder")
     out.add_argument("--csv", metavar="FILE", help="a row per configuration, batch and layer")
-    out.add_argument("--json", metavar="FILE", help="everything; - prints it in the place of the table")
+    out.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="everything; without FILE it is printed, not the table"
+    )
     out.add_argument("--report", metavar="FILE", help="one HTML page that needs nothing else")
     parser.set_defaults(run=run)
 
@@ -100,6 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         print(f'lplb simulate needs {package}: pip install "lplb[{_NEEDS[package]}]"', file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except (CheckFailed, ValueError, TypeError, OSError) as error:
         print(f"lplb simulate: {error}", file=sys.stderr)
         return 1
@@ -107,60 +133,118 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(a: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from lplb.simulate import compare
 
-    from lplb.simulate import compare, results
-
-    files = {"csv": a.csv, "json": None if a.json == "-" else a.json, "report": a.report}
-    _check_folders(files, a.output)
-    report_wanted = a.report is not None or a.output is not None
-    if report_wanted:
-        from lplb.simulate import report
+    printed = a.json == "-"
+    if not printed:
+        from rich.console import Console
+    _check_paths(a)
+    if a.report is not None or a.output is not None:
+        importlib.import_module("lplb.simulate.report")  # before the work: it needs plotly
+    _check_nodes(a)
     scene = _loads(a)
-    wanted = compare.configurations(a.ranks, a.policy, a.split)
+    wanted, notes = _wanted(a, scene.counts.shape[-1])
     model, hardware = _shape(a.model, scene), hardware_by_name(a.hardware)
     layer_time(np.zeros((1, 1)), 1, model, hardware, planner_seconds=a.planner_seconds)  # checks before the work
     options = {
         "slots": a.slots,
         "redundant": a.redundant,
-        "n_nodes": a.nodes,
+        "n_nodes": 1 if a.nodes is None else a.nodes,
         "group_size": a.group_size,
         "refresh": a.refresh,
         "window": a.window,
         "solver": a.solver,
         "expert_bytes": int(model.expert_bytes),
-        "layer_seconds": partial(_seconds, model=model, hardware=hardware, nodes=a.nodes, planner=a.planner_seconds),
+        "layer_seconds": partial(_seconds, a=a, model=model, hardware=hardware),
     }
-    console = Console(stderr=a.json == "-")
     start = time.perf_counter()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        counted = len(scene.counts) - (a.refresh or a.window)
-        bar = progress.add_task("batches", total=max(1, counted * len(wanted)))
-
-        def advance(c: Configuration, n: int) -> None:
-            progress.update(bar, advance=n, description=f"{c.n_ranks} ranks, {c.policy}, {c.split}")
-
-        done = compare.compare(scene, wanted, on_batches=advance, **options)
+    counted = len(scene.counts) - (a.refresh or a.window)
+    with _bar(max(1, counted * len(wanted)), sys.stderr if printed else sys.stdout) as on_batches:
+        done = compare.compare(scene, wanted, on_batches=on_batches, **options)
     took = time.perf_counter() - start
-    costs = f"{model.name}'s experts on {hardware.name}, planner {a.planner_seconds * 1e6:.0f} µs (assumed)"
-    if a.json == "-":
+    notes = [*filter(None, [remark(done, model.top_k, a.planner_seconds)]), *notes]
+    costs = _costs(a, model, hardware)
+    paths = _write(a, done, scene, costs, " ".join(notes))  # first: who reads the table may stop reading
+    written = [f"Written: {os.path.abspath(path)}" for path in paths]
+    if printed:
         print(results.to_json(done, scene.phase, scene.name))
-    else:
-        console.print(compare.table(done, scene.name))
-        console.print(compare.notes(done, costs))
-        console.print(f"Checked: {sum(s.max_load.size for s in done):,} plans, every token served. {took:.1f} s")
+        print(*notes, *written, sep="\n", file=sys.stderr, end="\n" * bool(notes or written))
+        return
+    console = Console()
+    console.print(compare.table(done, scene.name))
+    for note in notes:
+        console.print(f"{note}\n", markup=False, highlight=False)
+    console.print(compare.notes(done, costs))
+    console.print(f"Checked: {sum(s.max_load.size for s in done):,} plans, every token served. {took:.1f} s")
+    for line in written:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _wanted(a: argparse.Namespace, n_logical: int) -> tuple[list[Configuration], list[str]]:
+    """The configurations, and what is left out of those that nobody asked for by name."""
+    from lplb.simulate import compare
+
+    wanted = compare.configurations(a.ranks, a.policy or _POLICIES, a.split)
+    odd = [] if a.policy else [n for n in dict.fromkeys(a.ranks) if n > 0 and n_logical % n]
+    if not odd:
+        return wanted, []
+    note = f"Without none on {' and '.join(map(str, odd))} ranks: {n_logical} experts do not divide evenly there."
+    return [c for c in wanted if c.policy != "none" or c.n_ranks not in odd], [note]
+
+
+def _check_nodes(a: argparse.Namespace) -> None:
+    for n in a.ranks if a.nodes is not None else ():
+        if n > 0 and (a.nodes < 1 or n % a.nodes):
+            raise ValueError(f"--nodes is {a.nodes}, allowed is a divisor of --ranks {n}")
+
+
+@contextmanager
+def _bar(total: int, file: TextIO) -> Iterator[Callable[[Configuration, int], None]]:
+    """Yield an ``on_batches`` that shows how far the work is, on a terminal and with rich."""
+    if not file.isatty():
+        yield lambda c, n: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield lambda c, n: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(file=file), transient=True) as progress:
+        bar = progress.add_task("batches", total=total)
+        yield lambda c, n: progress.update(bar, advance=n, description=f"{c.n_ranks} ranks, {c.policy}, {c.split}")
+
+
+# ---- files
+
+
+def _write(a: argparse.Namespace, done: Sequence[Simulation], scene: Scene, costs: str, remarks: str) -> list[str]:
+    """Write what was asked for; return the paths."""
     paths = [] if a.output is None else results.write_files(a.output, done, scene.phase, scene.name)
-    for path, text in ((a.csv, results.batches_csv), (files["json"], partial(results.to_json, loads=scene.name))):
-        if path is not None:
-            results.write_text(path, text(done, scene.phase))
-            paths.append(path)
-    for path in [a.report] * bool(a.report) + [os.path.join(a.output or "", "report.html")] * bool(a.output):
-        report.write(path, done, scene.phase, scene.name, costs)
+    if a.csv is not None:
+        results.write_text(a.csv, results.batches_csv(done, scene.phase))
+        paths.append(a.csv)
+    if a.json not in (None, "-"):
+        results.write_text(a.json, results.to_json(done, scene.phase, scene.name))
+        paths.append(a.json)
+    pages = [a.report, None if a.output is None else os.path.join(a.output, "report.html")]
+    for path in filter(None, pages):
+        from lplb.simulate import report
+
+        report.write(path, done, scene.phase, scene.name, costs, remarks)
         paths.append(path)
-    for path in paths:
-        console.print(f"Written: {os.path.abspath(path)}", soft_wrap=True, markup=False, highlight=False)
+    return paths
+
+
+def _check_paths(a: argparse.Namespace) -> None:
+    """Refuse what cannot be read or written, before the work."""
+    check_paths("--load", a.load or (), "a file")
+    check_paths("--output", [a.output], "a folder")
+    files = {"csv": a.csv, "json": None if a.json == "-" else a.json, "report": a.report}
+    for kind, path in files.items():
+        check_paths(f"--{kind}", [path], "a file")
+    _check_folders(files, a.output)
 
 
 def _check_folders(files: dict[str, str | None], output: str | None) -> None:
@@ -181,25 +265,40 @@ def _check_folders(files: dict[str, str | None], output: str | None) -> None:
 
 def _loads(a: argparse.Namespace) -> Scene:
     """The loads asked for; with where tokens come from where there are several nodes and somebody knows."""
-    sources = a.nodes if a.nodes > 1 else None
+    sources = a.nodes if a.nodes is not None and a.nodes > 1 else None
+    if a.first_axis is not None and not a.load:
+        raise ValueError(f"--first-axis is {a.first_axis}, allowed with --load only")
     if a.scene:
         scene = _generated(a, sources)
     else:
         for name in ("tokens",) if a.load else ("experts", "tokens"):
             if getattr(a, name) is not None:
                 raise ValueError(f"--{name} is {getattr(a, name)}, allowed with --scene only")
-        scene = _from_file(a.load, a.experts) if a.load else trace(sources)
+        scene = _from_files(a.load, a.experts, a.first_axis) if a.load else _of_nodes(trace, sources)
         for name, axis in (("batches", 0), ("layers", 1)):
             most, n = scene.counts.shape[axis], getattr(a, name)
             if n is not None and not 1 <= n <= most:
                 raise ValueError(f"--{name} is {n}, allowed is 1 to {most}")
         counts = scene.counts[: a.batches, : a.layers]
         scene = replace(scene, counts=counts, phase=scene.phase[: len(counts)])
-    if a.scale < 1 or scene.counts.max(initial=0) > (2**31 - 1) // a.scale:
-        raise ValueError(f"--scale is {a.scale}, allowed is 1 or more, up to {2**31 - 1} tokens of an expert")
+    if a.scale < 1 or scene.counts.max(initial=0) > MOST_TOKENS // a.scale:
+        raise ValueError(
+            f"--scale is {a.scale}, allowed is 1 or more, up to {MOST_TOKENS} tokens of an expert: {scene.name} has "
+            f"{scene.counts.max(initial=0)}"
+        )
     if a.scale > 1:
         scene = replace(scene, counts=scene.counts * a.scale, name=f"{scene.name}, every token {a.scale} times")
     return scene
+
+
+def _of_nodes(made: Callable[[int | None], Scene], sources: int | None) -> Scene:
+    """Loads by the node that tokens come from; what does not divide is the number of nodes."""
+    try:
+        return made(sources)
+    except ValueError as error:
+        if "sources" not in str(error):
+            raise
+        raise ValueError(f"--nodes is {sources}: {error}") from error
 
 
 def _generated(a: argparse.Namespace, sources: int | None) -> Scene:
@@ -214,11 +313,15 @@ def _generated(a: argparse.Namespace, sources: int | None) -> Scene:
         if not equals:
             raise ValueError(f"--scene has {pair!r}, allowed are KEY=NUMBER")
     size = {key: default if getattr(a, key) is None else getattr(a, key) for key, default in _SIZES.items()}
-    fixed = {"tokens": size["tokens"], "seed": a.seed, "sources": sources}
-    if twice := sorted(fixed.keys() & options.keys()):
-        raise ValueError(f"--scene has {twice[0]}, allowed is the option --{twice[0]}")
+    fixed: dict[str, Any] = {"tokens": size["tokens"], "seed": a.seed}
+    if twice := sorted({*fixed, "sources"} & options.keys()):
+        option = "nodes" if twice[0] == "sources" else twice[0]
+        raise ValueError(f"--scene has {twice[0]}, allowed is the option --{option}")
     try:
-        scene = make(name, size["batches"], size["layers"], size["experts"], **fixed, **options)
+        scene = _of_nodes(
+            lambda n: make(name, size["batches"], size["layers"], size["experts"], sources=n, **fixed, **options),
+            sources,
+        )
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
@@ -228,19 +331,38 @@ def _generated(a: argparse.Namespace, sources: int | None) -> Scene:
     return replace(scene, name=" ".join(a.scene))
 
 
-def _from_file(path: str, n_logical: int | None) -> Scene:
-    """A file's loads; averages are rounded to whole tokens, layers without any (not recorded) are left out."""
+def _from_files(paths: Sequence[str], n_logical: int | None, first_axis: FirstAxis | None) -> Scene:
+    """Loads of files in whole tokens, see `_whole`; layers without any (not recorded) are left out."""
     from lplb.formats import read_loads
 
-    loads = np.rint(read_loads(path, n_logical=n_logical))
+    loads = read_loads(paths, n_logical=n_logical, first_axis=first_axis)
     recorded = loads.any((1, 2))
+    said = ", ".join(map(os.path.basename, paths[:3])) + ", …" * (len(paths) > 3)
+    name = said.encode(errors="replace").decode()
     if not recorded.any():
-        raise ValueError(f"{path} has no tokens, allowed is at least one")
-    name = os.path.basename(path).encode(errors="replace").decode()
+        raise ValueError(f"{name} has no tokens, allowed is at least one")
     if not recorded.all():
         name += f", {recorded.sum()} of {len(loads)} layers"
-    counts = loads[recorded].transpose(1, 0, 2).astype(np.int64)
-    return Scene(name, counts, ["recorded"] * len(counts))
+    if loads.max() > MOST_TOKENS:
+        raise ValueError(f"{name} has {loads.max():.0f} tokens of an expert, allowed are up to {MOST_TOKENS}")
+    counts, how = _whole(loads[recorded].transpose(1, 0, 2))
+    return Scene(name + how, counts, ["recorded"] * len(counts))
+
+
+def _whole(loads: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], str]:
+    """Whole tokens, and what was done for that: averages are rounded; shares get, on average, as many tokens as
+    generated loads have.
+    """
+    rounded = np.rint(loads)
+    if np.abs(rounded - loads).sum() <= _ROUGH * loads.sum():
+        return rounded.astype(np.int64), ""
+    batches = loads.sum(-1)
+    scaled = loads * (_SIZES["tokens"] / batches[batches > 0].mean())
+    if scaled.max() > MOST_TOKENS:
+        raise ValueError(
+            f"loads have {loads.max():g} beside much smaller ones, allowed are whole tokens, averages, or shares"
+        )
+    return np.rint(scaled).astype(np.int64), f", scaled to {_SIZES['tokens']:,} a batch, as they are no whole tokens"
 
 
 # ---- costs
@@ -254,13 +376,36 @@ def _shape(name: str, scene: Scene) -> ModelShape:
     return replace(model, n_logical=n, top_k=min(model.top_k, n), n_group=1, topk_group=1)
 
 
-def _seconds(c: Configuration, *, model: ModelShape, hardware: Hardware, nodes: int, planner: float) -> LayerSeconds:
-    with_lp = c.split == "lp" and c.policy != "none"
-    return lambda quota, placement: layer_time(
-        quota,
-        placement.n_ranks,
-        model,
-        hardware,
-        ranks_per_node=placement.n_ranks // nodes,
-        planner_seconds=planner if with_lp else 0.0,
+def _seconds(c: Configuration, *, a: argparse.Namespace, model: ModelShape, hardware: Hardware) -> LayerSeconds:
+    nodes = nodes_of(c.n_ranks) if a.nodes is None else a.nodes
+    planner = a.planner_seconds if c.split == "lp" and c.policy != "none" else 0.0
+
+    def seconds(quota: npt.NDArray[np.int64], placement: Placement) -> npt.NDArray[np.float64]:
+        took = np.empty(len(quota))
+        for exchange, some in by_exchange(a.exchange, quota.sum(-1) / (model.top_k * placement.n_ranks)):
+            took[some] = layer_time(
+                quota[some],
+                placement.n_ranks,
+                model,
+                hardware,
+                ranks_per_node=placement.n_ranks // nodes,
+                planner_seconds=planner,
+                exchange=exchange,
+            )
+        return took
+
+    return seconds
+
+
+def _costs(a: argparse.Namespace, model: ModelShape, hardware: Hardware) -> str:
+    """What the layer's time is a model of."""
+    nodes = [f"{n} ranks in {nodes_of(n) if a.nodes is None else a.nodes}" for n in dict.fromkeys(a.ranks)]
+    ways = {
+        "direct": "every choice of a token travels by itself",
+        "by_node": "a token travels to each node once",
+        "auto": f"choices travel one by one up to {MOST_DIRECT} tokens per rank, to each node once beyond",
+    }
+    return (
+        f"{model.name}'s experts on {hardware.name}, planner {a.planner_seconds * 1e6:.0f} µs (assumed), "
+        f"{', '.join(nodes)} {'nodes (assumed: at most 8 each)' if a.nodes is None else 'nodes'}, {ways[a.exchange]}"
     )

@@ -238,12 +238,19 @@
     ["cross-node tokens", 4, "cross_node_share"], ["moved at each refresh", 5, "moved_bytes"],
     ["layer time (model)", 6, "layer_seconds_mean"],
   ];
+  // Whether "after" is worse, in the digits that are shown: all but balancedness are better if lower.
+  const worse = (before, after, i, key) => {
+    const was = before.summary[key], is = after.summary[key];
+    if (was === null || is === null || before.cells[i] === after.cells[i]) return false;
+    return key === "balancedness" ? is < was : is > was;
+  };
   const drawCards = () => {
     const before = sims[shown.before], after = sims[shown.after];
     $("cards").replaceChildren(...CARDS.filter(([, i]) => before.cells[i] !== "-" || after.cells[i] !== "-").map(
       ([title, i, key]) => {
         const card = document.createElement("div"), value = document.createElement("dd");
         const was = element("span", before.cells[i], "was"), is = element("span", after.cells[i], "is");
+        is.classList.toggle("worse", worse(before, after, i, key));
         was.dataset.value = before.summary[key];
         is.dataset.value = after.summary[key];
         is.dataset.key = was.dataset.key = key;

@@ -14,6 +14,7 @@ from lplb.change import plan_change
 from lplb.placement import Placement
 from lplb.planner import Planner
 from lplb.policies import POLICIES, place
+from lplb.relabel import relabel
 from lplb.simulate.simulation import Setting
 
 __all__ = ["CHANGE", "NAMES", "TOPOLOGIES", "Placer", "placer", "topology_by_name"]
@@ -90,6 +91,9 @@ def _shifts(n: int, classes: int, ranks_per_node: int) -> list[int]:
 def placer(setting: Setting, n_groups: int) -> Placer:
     """Return a setting's policy as a function from history to placements.
 
+    What the policies of `lplb.place` make anew is relabelled onto what they placed before (`lplb.relabel`): they do not
+    choose which rank holds what, and nobody would move experts for a name.
+
     Args:
         setting: the configuration.
         n_groups: as for `lplb.place`.
@@ -130,7 +134,28 @@ def placer(setting: Setting, n_groups: int) -> Placer:
         assert isinstance(placed, list)
         return placed
 
-    return _changing(setting, n_groups, by_policy) if s.policy == CHANGE else by_policy
+    return _changing(setting, n_groups, by_policy) if s.policy == CHANGE else _relabelled(setting, by_policy)
+
+
+def _relabelled(setting: Setting, anew: Placer) -> Placer:
+    """Return a policy whose placements leave as many experts where they were as new names of ranks can."""
+    per_node = setting.n_ranks // setting.n_nodes
+    if setting.group_size % per_node and per_node % setting.group_size:
+        return anew  # ranks of which neither nodes nor groups are whole have no other names
+    current: list[Placement] = []
+
+    def place_anew(history: _Ints) -> list[Placement]:
+        nonlocal current
+        placed = anew(history)
+        if current:
+            placed = [
+                relabel(old, new, group_size=setting.group_size, n_nodes=setting.n_nodes)
+                for old, new in zip(current, placed, strict=True)
+            ]
+        current = placed
+        return placed
+
+    return place_anew
 
 
 def _changing(setting: Setting, n_groups: int, first: Placer) -> Placer:

@@ -23,6 +23,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped, import-n
 
 from lplb.simulate.results import NOTES, cells, section, write_text
 from lplb.simulate.simulation import Simulation
+from lplb.simulate.verdict import best_columns
 
 __all__ = ["page", "write"]
 
@@ -41,17 +42,22 @@ _Floats = npt.NDArray[np.float64]
 
 
 def write(
-    path: str | os.PathLike[str], simulations: Sequence[Simulation], phase: Sequence[str], loads: str, costs: str
+    path: str | os.PathLike[str],
+    simulations: Sequence[Simulation],
+    phase: Sequence[str],
+    loads: str,
+    costs: str,
+    remark: str = "",
 ) -> None:
     """Write the page; arguments and errors are those of `page`.
 
     Raises:
         OSError: the file cannot be written.
     """
-    write_text(path, page(simulations, phase, loads, costs))
+    write_text(path, page(simulations, phase, loads, costs, remark))
 
 
-def page(simulations: Sequence[Simulation], phase: Sequence[str], loads: str, costs: str) -> str:
+def page(simulations: Sequence[Simulation], phase: Sequence[str], loads: str, costs: str, remark: str = "") -> str:
     """Return the page.
 
     Args:
@@ -59,6 +65,7 @@ def page(simulations: Sequence[Simulation], phase: Sequence[str], loads: str, co
         phase: what each batch of the loads is made of.
         loads: what the loads are called; any text.
         costs: what the layer time is a model of.
+        remark: what a reader must know beside the headline, as `lplb.simulate.verdict.remark` says it; any text.
 
     Raises:
         ValueError: there is no simulation, or they are of different batches or layers.
@@ -69,7 +76,8 @@ def page(simulations: Sequence[Simulation], phase: Sequence[str], loads: str, co
     parts = {
         "TITLE": html.escape(loads),
         "SPAN": html.escape(_span(simulations[0])),
-        "HEADLINE": _headline(best, _baseline(best, simulations)),
+        "HEADLINE": _headline(best, _baseline(best, simulations))
+        + f" <small>{html.escape(remark)}</small>" * bool(remark),
         "ROWS": _rows(simulations),
         "NOTES": "".join(f"<dt>{html.escape(word)}</dt><dd>{html.escape(text)}</dd>" for word, text in NOTES),
         "COSTS": html.escape(costs),
@@ -150,12 +158,12 @@ def _placed(s: Simulation) -> str:
 def _rows(simulations: Sequence[Simulation]) -> str:
     """The table's body; a row's button makes the page show its simulation."""
     out, last = [], None
-    for i, s in enumerate(simulations):
+    for i, (s, best) in enumerate(zip(simulations, best_columns(simulations), strict=True)):
         if section(s) != last:
             last = section(s)
             out.append(f'<tr class="section"><th colspan="8" scope="rowgroup">{html.escape(last)}</th></tr>')
         name = html.escape(s.setting.name)
-        texts = "".join(f"<td>{html.escape(text)}</td>" for text in cells(s))
+        texts = "".join(f"<td{' class=best' * (k in best)}>{html.escape(text)}</td>" for k, text in enumerate(cells(s)))
         out.append(f'<tr data-row="{i}"><th scope="row"><button type="button">{name}</button></th>{texts}</tr>')
     return "".join(out)
 

@@ -88,12 +88,17 @@ NOTES = (
         "lower bound",
         "No split of the tokens over this placement has a lower mean imbalance: a proof, from the LP's dual.",
     ),
+    ("green", "The least mean imbalance, and the least modelled time, on as many ranks: not always the same row's."),
     ("balanced", "Mean over busiest, averaged: what serving engines print."),
     (
         "cross-node",
         "Share of tokens, each once per expert, that leave their node; copies take their own node's tokens first.",
     ),
-    ("moved each", "What ranks get anew each time that experts are placed again: weights, all layers together."),
+    (
+        "moved each",
+        "What ranks get anew each time that experts are placed again, ranks being named so that most experts stay: "
+        "weights, all layers together.",
+    ),
 )
 """What the words in the table mean."""
 
