@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lplb.arguments import whole_number
 from lplb.scenes import Scene
+from lplb.simulate.placers import CHANGE
 from lplb.simulate.results import HEADINGS, NOTES, cells, section
 from lplb.simulate.run import LayerSeconds, check_configuration, simulate
 from lplb.simulate.simulation import Simulation
@@ -32,7 +33,8 @@ class Configuration:
 
 
 def configurations(ranks: Sequence[int], policies: Sequence[str], splits: Sequence[str]) -> list[Configuration]:
-    """Return every combination, in this order, each once; ``"none"`` has no choice of splits, and comes first.
+    """Return every combination, in this order, each once; ``"none"`` has no choice of splits, and comes first;
+    ``"lp-change"``, which is for the LP, leaves out even splits beside it.
 
     Args:
         ranks: numbers of ranks.
@@ -45,7 +47,8 @@ def configurations(ranks: Sequence[int], policies: Sequence[str], splits: Sequen
     wanted = []
     for n_ranks in ranks:
         wanted += [Configuration(n_ranks, "none", splits[0])] if "none" in policies else []
-        wanted += [Configuration(n_ranks, p, split) for p in policies for split in splits if p != "none"]
+        pairs = [(p, split) for p in policies for split in splits if p != "none"]
+        wanted += [Configuration(n_ranks, *pair) for pair in pairs if pair != (CHANGE, "even") or "lp" not in splits]
     return list(dict.fromkeys(wanted))
 
 

@@ -102,6 +102,8 @@ def placer(setting: Setting, n_groups: int) -> Placer:
         ValueError: the policy's topology does not fit.
     """
     s = setting
+    if s.policy == CHANGE and s.split != "lp":
+        raise ValueError(f"policy is {CHANGE!r} with split {s.split!r}, allowed is split 'lp', which it is for")
     if s.policy == "none":
         return lambda history: [Placement(np.arange(s.n_logical), s.n_ranks)] * len(history)
     if s.policy in TOPOLOGIES:
