@@ -143,6 +143,8 @@ def kind_of(path: Path) -> Kind:
         return Kind.NPY
     if head.startswith(_ZIP):
         return _kind_of_zip(path)
+    if len(head) < len(_ZIP) and (_ZIP.startswith(head) or _NPY.startswith(head)):
+        refuse(path, f"has {len(head)} bytes, too few for the NumPy or torch file that it begins like")
     if head.startswith(_PICKLE):
         refuse(path, "is a pickle or a torch file older than torch 1.6, which could run code; torch.save writes others")
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -302,11 +304,16 @@ def _json(text: str) -> Any:
     return json.loads(text, parse_constant=no_number)
 
 
-def read_table(path: Path) -> tuple[list[str] | None, npt.NDArray[np.float64]]:
+def read_table(path: Path, *, numbered: bool = False) -> tuple[list[str] | None, npt.NDArray[np.float64]]:
     """Return a table of numbers, with its header if its first line is not all numbers.
 
     Cells are separated by commas, semicolons, tabs or blanks, whichever the first line has, in this order. Blank lines
     and those that begin with ``#`` are left out.
+
+    Args:
+        path: the file.
+        numbered: whether columns may be named by their numbers: a first line ``0,1,…`` is a header if it has two cells
+            or more, and other lines follow.
 
     Returns:
         The names, or ``None``, and float64 ``[lines, cells]``.
@@ -320,10 +327,13 @@ def read_table(path: Path) -> tuple[list[str] | None, npt.NDArray[np.float64]]:
         first = next(lines, None)
         if first is None:
             refuse(path, "has no line of numbers")
-        header = None if all(_is_number(cell) for cell in first[1]) else first[1]
-        rows: list[npt.NDArray[np.float64]] = []
         width = len(first[1])
-        for number, cells in lines if header is not None else itertools.chain([first], lines):
+        second = next(lines, None)
+        named = numbered and second is not None and width > 1 and first[1] == [str(i) for i in range(width)]
+        header = first[1] if named or not all(_is_number(cell) for cell in first[1]) else None
+        rows: list[npt.NDArray[np.float64]] = []
+        begin = [first] * (header is None) + [second] * (second is not None)
+        for number, cells in itertools.chain(begin, lines):
             if len(cells) != width:
                 refuse(path, f"line {number} has {len(cells)} cells, allowed are {width} as in line {first[0]}")
             if (len(rows) + 1) * width > MOST_VALUES:
