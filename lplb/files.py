@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 import warnings
 import zipfile
@@ -37,6 +38,7 @@ __all__ = [
     "kind_of",
     "npz_names",
     "numbers",
+    "on_host",
     "read_json",
     "read_npy",
     "read_npz",
@@ -100,8 +102,9 @@ def _parsing(where: object, what: str) -> Iterator[None]:
 
 
 def _words_of(error: Exception) -> str:
-    # torch explains at length how its checks are turned off
-    lines = str(error).replace("WeightsUnpickler error:", "\n").split("\n")
+    # torch explains at length, in bold, how its checks are turned off
+    said = str(error).rpartition("WeightsUnpickler error:")[2].partition("Please use `torch.serialization")[0]
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", said).split("\n")
     words = " ".join(" ".join(line for line in lines if "weights_only" not in line).split())
     return f"{type(error).__name__}: {words}"[:_LONGEST_REASON] if words else type(error).__name__
 
@@ -332,7 +335,7 @@ def read_table(path: Path, *, numbered: bool = False) -> tuple[list[str] | None,
         named = numbered and second is not None and width > 1 and first[1] == [str(i) for i in range(width)]
         header = first[1] if named or not all(_is_number(cell) for cell in first[1]) else None
         rows: list[npt.NDArray[np.float64]] = []
-        begin = [first] * (header is None) + [second] * (second is not None)
+        begin = [line for line in (None if header else first, second) if line is not None]
         for number, cells in itertools.chain(begin, lines):
             if len(cells) != width:
                 refuse(path, f"line {number} has {len(cells)} cells, allowed are {width} as in line {first[0]}")
@@ -394,6 +397,19 @@ def numbers(value: object, where: object) -> Numbers:
     if isinstance(value, list):
         return _of_lists(value, where)
     refuse(where, f"is a {type(value).__name__}, allowed are a tensor, an array or lists of numbers")
+
+
+def on_host(value: object, where: object) -> object:
+    """Return a caller's tensor on the CPU, and anything else as it is.
+
+    Raises:
+        ValueError: the tensor has no values in memory: sparse, or on ``meta``.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.layout != torch.strided or value.device.type == "meta":
+        refuse(where, f"has layout {value.layout} on {value.device}, allowed is torch.strided, and not on meta")
+    return value.detach().cpu()
 
 
 def _of_tensor(tensor: torch.Tensor, where: object) -> Numbers:

@@ -10,8 +10,8 @@ from reference import exact_bottleneck, exact_optimum
 from test_formats import BROKEN
 
 from lplb import Placement, cli
-from lplb.assess import change, with_equal_loads, worth
-from lplb.formats import read_placements, write_loads, write_placements
+from lplb.assess import change, worth
+from lplb.formats import read_placements, with_equal_loads, write_loads, write_placements
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -56,11 +56,13 @@ def files(tmp_path):
 
 
 def even_loads(phy2log, n_ranks, load):
-    """Tokens of each rank where every slot of an expert takes the same."""
+    """Tokens of each rank where those of an expert are dealt to its copies in turn, expert e's to copy e first."""
     rank_load = np.zeros(n_ranks)
     per_rank = len(phy2log) // n_ranks
-    for slot, expert in enumerate(phy2log):
-        rank_load[slot // per_rank] += load[expert] / phy2log.count(expert)
+    for expert, tokens in enumerate(load):
+        slots = [slot for slot, held in enumerate(phy2log) if held == expert]
+        for t in range(tokens):
+            rank_load[slots[(expert + t) % len(slots)] // per_rank] += 1
     return rank_load
 
 
@@ -98,10 +100,18 @@ def test_worth_of_averages_and_of_more_than_planners_take():
     whole = worth(placement, LOADS[0])
     for factor in (1 / 700, 2.0**34):
         scaled = worth(placement, LOADS[0] * factor)
-        np.testing.assert_allclose(scaled.even, whole.even)
+        np.testing.assert_allclose(scaled.even, whole.even, atol=4 / LOADS[0].sum(1).min())  # but whole tokens
         np.testing.assert_allclose(scaled.bound, whole.bound, rtol=1e-5)
         np.testing.assert_allclose(scaled.lp, whole.bound, rtol=1e-5)
         np.testing.assert_allclose(scaled.lp_loads.sum(), whole.lp_loads.sum() * factor)
+
+
+def test_few_tokens_are_whole_in_both_splits():
+    placement = Placement([0, 1, 0, 1], 2)
+    found = worth(placement, np.array([[3, 1], [1, 1], [1, 0]]))
+    assert found.even.tolist() == [1.0, 1.0, 2.0]  # expert 0's odd token goes to its copy 0, expert 1's to its copy 1
+    assert (found.lp <= found.even).all()
+    assert found.bound.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_batches_without_tokens_are_left_out():

@@ -521,6 +521,15 @@ def test_broken_torch_files(at, content, words):
     assert str(path) in str(caught.value)
 
 
+def test_what_torch_refuses_is_said_without_its_advice(at):
+    for path in (at("a.pt", {"logical_count": np.float64(3)}), at("b.pt", torch.nn.Linear(1, 1))):
+        with pytest.raises(ValueError, match=r"Unsupported global: GLOBAL \S+") as caught:
+            read_loads(path)
+        assert str(caught.value).isprintable()
+        assert "options" not in str(caught.value)
+        assert "serialization" not in str(caught.value)
+
+
 def test_passes_that_do_not_fit(at):
     content, _ = passes(0, [1, 1], np.random.default_rng(0))
     with pytest.raises(ValueError, match="forward_pass_id 1 twice"):
@@ -783,6 +792,9 @@ def test_slots_are_read_where_an_expert_is_twice_on_a_rank(at):
         ("x.npz", LOADS * np.nan, "is nan"),
         ("x.npz", LOADS.astype(str), "<U"),
         ("x.npz", LOADS[:, :0], "at least one"),
+        ("x.npz", np.array(3), r"shape \[\], allowed is"),
+        ("x.npz", torch.eye(2).to_sparse(), "sparse"),
+        ("x.npz", torch.ones(1, 1, 1, device="meta"), "meta"),
     ],
 )
 def test_loads_that_cannot_be_written(tmp_path, path, loads, words):

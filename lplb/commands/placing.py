@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb.assess import Worth, change, with_equal_loads, worth
+from lplb.assess import Worth, change, worth
 from lplb.eplb import spread_copies
 from lplb.files import Path
-from lplb.formats import read_placements, read_slots
+from lplb.formats import read_placements, read_slots, with_equal_loads
 from lplb.placement import Placement
 from lplb.policies import place
 

@@ -21,7 +21,7 @@ from lplb import files
 from lplb.arguments import whole_number
 from lplb.files import Kind, Numbers, Path, refuse
 
-__all__ = ["read_loads", "write_loads"]
+__all__ = ["read_loads", "with_equal_loads", "write_loads"]
 
 FirstAxis = Literal["layers", "batches"]
 
@@ -81,7 +81,7 @@ def read_loads(
 
     Returns:
         int64, or float64 where averages were written, ``[layers, batches, n_logical]``; the caller's own. Layers that
-        are not recorded, as those without experts in SGLang's files, are zeros.
+        are not recorded, as those without experts in SGLang's files, are zeros; see `with_equal_loads`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -432,6 +432,26 @@ def _whole(table: npt.NDArray[np.float64]) -> Numbers:
     return table
 
 
+def with_equal_loads(loads: torch.Tensor | npt.NDArray[Any]) -> Numbers:
+    """Give all experts of a layer the same load if it has none, so that `lplb.place` has something to place.
+
+    Recordings have such layers: SGLang's begin with a model's dense ones, which have no experts to move.
+
+    Args:
+        loads: ``[layers, batches, n_logical]``, as `read_loads` and `lplb.history.LoadHistory.loads` return them; not
+            changed.
+
+    Returns:
+        A copy, int64 or float64, ones in the layers that are zero everywhere.
+
+    Raises:
+        ValueError: the shape, dtype or a value is not allowed.
+    """
+    array = _checked(loads)
+    array[~array.any(axis=(1, 2))] = 1
+    return array
+
+
 # Writing
 
 
@@ -447,12 +467,7 @@ def write_loads(path: Path, loads: torch.Tensor | npt.NDArray[Any]) -> None:
         OSError: the file cannot be written.
         ValueError: the suffix, the shape or a value is not allowed; nothing is written.
     """
-    if isinstance(loads, torch.Tensor):
-        loads = loads.detach().cpu()
-    array = files.numbers(loads, "loads")
-    if array.ndim != 3:
-        raise ValueError(f"loads has shape {list(array.shape)}, allowed is [layers, batches, n_logical]")
-    files.checked_counts(array, "loads")
+    array = _checked(loads)
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     out = io.BytesIO()
     if suffix == ".npz":
@@ -469,6 +484,14 @@ def write_loads(path: Path, loads: torch.Tensor | npt.NDArray[Any]) -> None:
     else:
         raise ValueError(f"path ends in {suffix!r}, allowed are .npz, .npy, .csv, .pt and .json")
     files.write_bytes(path, out.getvalue())
+
+
+def _checked(loads: object) -> Numbers:
+    """Return loads ``[layers, batches, n_logical]`` as a new int64 or float64 array."""
+    array = files.numbers(files.on_host(loads, "loads"), "loads")
+    if array.ndim != 3:
+        raise ValueError(f"loads has shape {list(array.shape)}, allowed is [layers, batches, n_logical]")
+    return files.checked_counts(array, "loads")
 
 
 def _as_csv(array: Numbers) -> str:
