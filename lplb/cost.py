@@ -89,7 +89,10 @@ class Hardware:
     def __post_init__(self) -> None:
         """Check the numbers."""
         for field in fields(self)[1:]:
-            value = real_number(field.name, getattr(self, field.name))
+            given = getattr(self, field.name)
+            value = real_number(field.name, given)
+            if isinstance(given, np.generic):
+                object.__setattr__(self, field.name, value)
             if not 0 < value < float("inf"):  # false for NaN as well
                 raise ValueError(f"{field.name} is {value}, allowed is above 0")
         if self.efficiency > 1:

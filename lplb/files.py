@@ -34,6 +34,7 @@ __all__ = [
     "Kind",
     "Numbers",
     "Path",
+    "check_folder",
     "checked_counts",
     "kind_of",
     "npz_names",
@@ -466,22 +467,51 @@ def checked_counts(values: Numbers, where: object) -> Numbers:
     return values
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a file that could not be written because of where it is, before the work.
+
+    Raises:
+        OSError: its folder is missing or none, or it is a folder itself.
+    """
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    if os.path.isdir(target):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not os.path.isdir(folder):
+        code = errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT
+        raise OSError(code, f"{os.strerror(code)}, allowed is a folder that exists", folder)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file in one step: whoever reads it meanwhile, or after a crash, has the old one or the new one.
+
+    Links are followed, and the file keeps its permissions. Pipes and devices are written to as they are.
 
     Raises:
         OSError: it cannot be written.
     """
-    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):  # a link, a pipe, a terminal
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         with open(path, "wb") as file:
             file.write(data)
         return
-    part = f"{os.fspath(path)}.{os.getpid()}.part"
+    check_folder(path)
+    target = os.path.realpath(path)
+    part = f"{target}.{os.getpid()}.part"
     try:
-        with open(part, "xb") as file:
+        with open(part, "xb", opener=_private if mode is not None else None) as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
             file.write(data)
-        os.replace(part, path)
-    except OSError:
+        os.replace(part, target)
+    except OSError as error:
         if os.path.exists(part):
             os.unlink(part)
-        raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

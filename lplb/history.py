@@ -140,7 +140,7 @@ class LoadHistory:
         self._deviation = self._deviation * aged + deviation + step**2 * (before * weight / self._weight)
 
     def loads(self) -> _Floats:
-        """Return the batches of the window, the oldest first, for `lplb.place`.
+        """Return the batches of the window, the oldest first, for `lplb.place`; see `lplb.formats.with_equal_loads`.
 
         Returns:
             float64 ``[n_layers, batches, n_logical]``, the caller's own.

@@ -220,7 +220,8 @@ def test_numbers_of_any_real_type():
     for dtype in (torch.bfloat16, torch.float16, torch.int32, torch.uint8):
         tokens = torch.tensor([4, 41, 1, 1], dtype=dtype)
         assert layer_time(tokens, 2, SMALL, ROUND, planner_seconds=np.float32(0.25)) == whole
-    assert replace(ROUND, efficiency=np.float32(0.5)).efficiency == 0.5
+    half = replace(ROUND, efficiency=np.float32(0.5))
+    assert (half.efficiency, type(half.efficiency)) == (0.5, float)
     assert np.isfinite(layer_time(np.full(4, 1e30), 2, SMALL, ROUND)).all()
 
 

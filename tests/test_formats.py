@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -815,8 +816,11 @@ def test_placements_that_cannot_be_written(tmp_path):
             write_placements(tmp_path / "x.json", *arguments)
     with pytest.raises(ValueError, match=r"allowed for .* is 'sglang'"):
         write_placements(tmp_path / "x.pt", placement, "lplb")
-    with pytest.raises(FileNotFoundError):
-        write_placements(tmp_path / "absent" / "x.json", placement)
+    with pytest.raises(ValueError, match=r"path ends in '.csv', allowed are .json and, for format 'sglang', .pt"):
+        write_placements(tmp_path / "x.csv", placement, "vllm")
+    for name in ("absent/x.json", "absent/x.pt"):
+        with pytest.raises(FileNotFoundError, match=r"allowed is a folder that exists: '.*/absent'"):
+            write_placements(tmp_path / name, placement)
     assert not list(tmp_path.iterdir())
 
 
@@ -828,6 +832,44 @@ def test_writing_replaces_files_and_follows_links(tmp_path):
         same(read_loads(tmp_path / "real.npy"), LOADS)
     assert (tmp_path / "link.npy").is_symlink()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_writing_keeps_permissions(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_loads(tmp_path / "new.npy", LOADS)
+        assert (tmp_path / "new.npy").stat().st_mode & 0o777 == 0o644
+        for mode in (0o600, 0o664):
+            (tmp_path / "new.npy").chmod(mode)
+            write_loads(tmp_path / "new.npy", LOADS)
+            assert (tmp_path / "new.npy").stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
+
+
+def test_writing_through_links_is_in_one_step(tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "real.npy").write_bytes(b"old")
+    (tmp_path / "link.npy").symlink_to("to/real.npy")
+    (tmp_path / "new.npy").symlink_to("to/none.npy")
+    old = (tmp_path / "to" / "real.npy").stat().st_ino
+    for name in ("link.npy", "new.npy"):
+        write_loads(tmp_path / name, LOADS)
+        assert (tmp_path / name).is_symlink()
+        same(read_loads(tmp_path / name), LOADS)
+    assert (tmp_path / "to" / "real.npy").stat().st_ino != old  # another file took its place, whole
+    assert sorted(one.name for one in (tmp_path / "to").iterdir()) == ["none.npy", "real.npy"]
+    (tmp_path / "loop.npy").symlink_to("loop.npy")
+    with pytest.raises(OSError, match=r"loop\.npy'$"):
+        write_loads(tmp_path / "loop.npy", LOADS)
+
+
+def test_writing_to_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit((tmp_path / "pipe.csv").read_bytes)
+        write_loads(tmp_path / "pipe.csv", LOADS[:, :, :1])
+        assert got.result().startswith(b"layer,batch,0\n0,0,")
 
 
 def test_text_keeps_every_bit(tmp_path):
