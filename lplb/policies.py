@@ -287,6 +287,8 @@ def _checked_loads(name: str, loads: object) -> _Floats:
         values = given.astype(np.float64)
     else:
         raise TypeError(f"{name} is {seen(loads)}, allowed is a tensor, an array or a sequence of numbers")
+    if values.ndim == 0:
+        raise ValueError(f"{name} has shape [], allowed is at least one dimension, [n_logical]")
     odd = ~((values >= 0) & (values <= _MOST_LOAD))  # true for NaN as well
     if odd.any():
         index = np.argwhere(odd)[0].tolist()

@@ -332,6 +332,12 @@ def test_scores_refuse_what_does_not_fit():
         likely_loads(np.ones((1, 1, 8)))
 
 
+@pytest.mark.parametrize("number", [torch.tensor(3.0), np.array(3.0)])
+def test_a_number_is_no_history(number):
+    with pytest.raises(ValueError, match=r"history has shape \[\], allowed is"):
+        place(number, n_ranks=1, n_physical=1)
+
+
 @pytest.mark.parametrize("odd", [torch.eye(8).to_sparse(), torch.ones(8, device="meta")])
 def test_tensors_without_values_are_refused(odd):
     with pytest.raises(TypeError, match=r"history has layout .*allowed is torch.strided"):

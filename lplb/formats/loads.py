@@ -348,7 +348,8 @@ def _of_table(path: Path, first_axis: FirstAxis | None, n_logical: int | None) -
 
 def _check_experts(header: Sequence[str], first: int, path: Path) -> None:
     """Refuse columns that are not experts 0, 1, … by their numbers, which may have one word before them all."""
-    word = header[first].rstrip("0123456789") if len(header) > first else ""
+    named = header[first] if len(header) > first else ""
+    word = named[:-1] if named.endswith("0") else ""
     for i in range(first, max(len(header), first + 1)):
         name = header[i] if i < len(header) else None
         if name != f"{word}{i - first}":
