@@ -780,6 +780,13 @@ def test_ranks_and_experts_beside_a_file(at, tmp_path):
         read_placements(tmp_path / "y.json", n_logical=9)
 
 
+@pytest.mark.parametrize("name", ["layer", "", "Layer_ID"])
+def test_numbers_of_layers_are_no_slots(at, name):
+    with pytest.raises(ValueError, match=f"column 1 is '{name}', allowed are slots only"):
+        read_slots(at("x.csv", f"{name},s0,s1\n0,0,1\n"))
+    assert read_slots(at("y.csv", "s0,s1\n0,1\n")).phy2log[0].tolist() == [0, 1]
+
+
 def test_slots_are_read_where_an_expert_is_twice_on_a_rank(at):
     assert read_slots(at("x.json", {"physical_to_logical_map": [[0, 0, 1, 2]]})).phy2log[0].tolist() == [0, 0, 1, 2]
 

@@ -29,6 +29,7 @@ Format = Literal["lplb", "sglang", "vllm", "vllm-ascend"]
 
 _ONE, _MANY, _VERSION = "lplb.placement", "lplb.placements", 1
 _MAPPING = "eplb_initial_mapping"  # vLLM's record_type
+_NO_SLOTS = ("", "layer", "layer_id", "index")  # a header's names of a column that is no slot
 _KEYS = ("physical_to_logical_map", "last_physical_to_logical_map", "phy2log")
 
 
@@ -67,7 +68,9 @@ def read_slots(path: Path) -> Slots:
             refuse(path, f"has {', '.join(names[:8])}, allowed are {', '.join(_KEYS)}, or a single array")
         return _plain(files.read_npz(path, [name])[0], f"{path}: {name}")
     if kind is Kind.TABLE:
-        table = files.read_table(path)[1]
+        header, table = files.read_table(path)
+        if header is not None and header[0].lower() in _NO_SLOTS:
+            refuse(path, f"column 1 is {header[0]!r}, allowed are slots only, a line for each layer in order")
         if not (np.abs(table) <= files.MOST_COUNT).all() or (table != np.floor(table)).any():
             refuse(path, "has numbers that are not whole, allowed are logical experts")
         return _plain(table.astype(np.int64), path)
