@@ -42,6 +42,21 @@ def whole_number(name: str, value: SupportsIndex, lowest: int, highest: int | No
     return number
 
 
+def real_number(name: str, value: object) -> float:
+    """Return ``value`` as a float, or refuse what is no number; its bounds, and NaN, are for the caller.
+
+    Args:
+        name: what the caller calls the value.
+        value: an int or float, NumPy's included; ``bool`` is refused.
+
+    Raises:
+        TypeError: ``value`` is none of these.
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} is {value!r}, allowed is a number")
+    return float(value)
+
+
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     """Refuse a tensor that is not where the planner is."""
     if tensor.device != device:

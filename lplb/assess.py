@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb.placement import Placement
+from lplb.placement import Placement, split_evenly
 from lplb.planner import Planner
 from lplb.weights import moves_between
 
-__all__ = ["Change", "Worth", "change", "with_equal_loads", "worth"]
+__all__ = ["Change", "Worth", "change", "worth"]
 
 _Floats = npt.NDArray[np.float64]
 
@@ -25,7 +25,7 @@ class Worth(NamedTuple):
     """Rank loads on a placement, and their largest over their mean, of batches that have tokens."""
 
     even: _Floats
-    """Imbalance where every copy takes the same share, ``[batches]``."""
+    """Imbalance where the whole tokens of an expert are dealt out evenly over its copies, ``[batches]``."""
     lp: _Floats
     """Imbalance where the LP shares out whole tokens, ``[batches]``."""
     bound: _Floats
@@ -64,14 +64,14 @@ def worth(placement: Placement, loads: npt.NDArray[Any], group_size: int | None 
     tokens = np.rint(kept * scale[:, None])
     plan = planner.solve(torch.from_numpy(tokens))
     mean = tokens.sum(axis=1) / placement.n_ranks
-    shares = (kept / placement.logcnt.numpy())[:, placement.phy2log.numpy()]
-    even = shares.reshape(len(kept), placement.n_ranks, -1).sum(axis=2)
+    quota = split_evenly(placement, tokens.astype(np.int64))
+    even = quota.reshape(len(kept), placement.n_ranks, -1).sum(axis=2)
     lp = plan.rank_load.numpy()
     return Worth(
-        even.max(axis=1) / (total / placement.n_ranks),
+        even.max(axis=1) / mean,
         lp.max(axis=1) / mean,
         plan.lower_bound.numpy().max(axis=1) / mean,
-        even.mean(axis=0),
+        (even / scale[:, None]).mean(axis=0),
         (lp / scale[:, None]).mean(axis=0),
     )
 
@@ -80,13 +80,6 @@ def _scale(loads: npt.NDArray[Any], total: _Floats) -> _Floats:
     """Return what makes whole tokens of each batch: 1 if it has them, and no more than a planner takes."""
     whole = (loads == np.floor(loads)).all(axis=1) & (total < 2**31)
     return np.where(whole, 1.0, _MOST_TOKENS / total)
-
-
-def with_equal_loads(loads: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Give all experts the same load in layers ``[layers, batches, n_logical]`` that have none: something to place."""
-    loads = loads.copy()
-    loads[~loads.any(axis=(1, 2))] = 1
-    return loads
 
 
 class Change(NamedTuple):

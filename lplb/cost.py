@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb.arguments import check_divides, seen, whole_number
+from lplb.arguments import check_divides, real_number, seen, whole_number
 from lplb.models import ModelShape
 
 __all__ = [
@@ -49,6 +49,8 @@ EXCHANGES = ("direct", "by_node")
 TILES = {"direct": 64, "by_node": 128}
 """Tokens of an expert are multiplied in tiles of as many, by exchange: 64 is the M of Hopper's wgmma (PTX ISA), the
 least block of kernels for few tokens; 128 is what DeepGEMM aligns experts to in its contiguous layout, for many."""
+
+_MOST_LOAD = 1e30  # of one slot: sums stay finite
 
 _Floats = npt.NDArray[np.float64]
 _Loads = torch.Tensor | npt.NDArray[Any]
@@ -87,9 +89,10 @@ class Hardware:
     def __post_init__(self) -> None:
         """Check the numbers."""
         for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{field.name} is {value!r}, allowed is a number")
+            given = getattr(self, field.name)
+            value = real_number(field.name, given)
+            if isinstance(given, np.generic):
+                object.__setattr__(self, field.name, value)
             if not 0 < value < float("inf"):  # false for NaN as well
                 raise ValueError(f"{field.name} is {value}, allowed is above 0")
         if self.efficiency > 1:
@@ -159,7 +162,7 @@ def layer_time(
 
     Args:
         tokens: tokens of each slot, ``[..., n_physical]``, for example a plan's ``quota``: an array or a tensor of any
-            real dtype but ``bool``, finite, not negative. Slots are dealt to ranks in blocks, as in a `Placement`. A
+            real dtype but ``bool``, 0 to 1e30. Slots are dealt to ranks in blocks, as in a `Placement`. A
             token counts once for each of its experts.
         n_ranks: number of ranks, a divisor of ``n_physical``.
         model: the experts' shape.
@@ -212,8 +215,7 @@ def layer_parts(
     check_divides("n_ranks", ranks, "ranks_per_node", node)
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange is {exchange!r}, allowed are {', '.join(map(repr, EXCHANGES))}")
-    if isinstance(planner_seconds, bool) or not isinstance(planner_seconds, (int, float)):
-        raise TypeError(f"planner_seconds is {planner_seconds!r}, allowed is a number")
+    planner_seconds = real_number("planner_seconds", planner_seconds)
     if not 0 <= planner_seconds < float("inf"):
         raise ValueError(f"planner_seconds is {planner_seconds}, allowed is 0 or more")
 
@@ -227,27 +229,36 @@ def layer_parts(
         experts,
         per_element * model.dispatch_bytes,
         per_element * model.combine_bytes,
-        np.full(experts.shape, float(planner_seconds)),
+        np.full(experts.shape, planner_seconds),
         floor,
     )
 
 
 def _checked_tokens(tokens: object, n_ranks: int) -> _Floats:
     """Tokens as float64 ``[..., ranks, slots_per_rank]``."""
-    given = tokens.detach().cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
-    if not isinstance(given, np.ndarray):
+    if isinstance(tokens, torch.Tensor):
+        if tokens.dtype.is_complex or tokens.dtype == torch.bool:
+            raise TypeError(f"tokens has dtype {tokens.dtype}, allowed is a real dtype")
+        if tokens.layout != torch.strided or tokens.device.type == "meta":
+            raise TypeError(
+                f"tokens has layout {tokens.layout} on {tokens.device}, allowed is torch.strided with values"
+            )
+        given = tokens.detach().to(device="cpu", dtype=torch.float64).numpy()
+    elif isinstance(tokens, np.ndarray):
+        if tokens.dtype.kind not in "iuf":
+            raise TypeError(f"tokens has dtype {tokens.dtype}, allowed is a real dtype")
+        given = tokens
+    else:
         raise TypeError(f"tokens is {seen(tokens)}, allowed is an array or a tensor")
-    if given.dtype.kind not in "iuf":
-        raise TypeError(f"tokens has dtype {given.dtype}, allowed is a real dtype")
     if given.ndim < 1 or given.shape[-1] == 0 or given.shape[-1] % n_ranks:
         raise ValueError(
             f"tokens has shape {list(given.shape)}, allowed is [..., n_physical] with n_physical a multiple of n_ranks "
             f"= {n_ranks}"
         )
     loads = given.astype(np.float64)
-    odd = ~((loads >= 0) & (loads < np.inf))  # true for NaN as well
+    odd = ~((loads >= 0) & (loads <= _MOST_LOAD))  # true for NaN as well
     if odd.any():
-        raise ValueError(f"tokens has {loads[odd][0]}, allowed is 0 or more")
+        raise ValueError(f"tokens has {loads[odd][0]}, allowed are 0 to {_MOST_LOAD}")
     return loads.reshape(*given.shape[:-1], n_ranks, given.shape[-1] // n_ranks)
 
 

@@ -142,7 +142,8 @@ def explain(
 
     Args:
         placement: where the experts are.
-        loads: load of each expert, ``[n_logical]``, tokens or any other unit: finite, 0 or more.
+        loads: load of each expert, ``[n_logical]``, tokens or any other unit, finite, 0 or more; or of several batches,
+            ``[batches, n_logical]``, of which the mean is explained.
         group_size: consecutive ranks that balance among themselves; all of them by default.
         most_reliefs: how many single copies that would help to name for each group; 0 saves looking.
 
@@ -295,6 +296,8 @@ def _checked_loads(loads: object, n_logical: int) -> _Floats:
     if isinstance(loads, torch.Tensor):
         if loads.dtype.is_complex or loads.dtype == torch.bool:
             raise TypeError(f"loads has dtype {loads.dtype}, allowed is a real dtype")
+        if loads.layout != torch.strided or loads.device.type == "meta":
+            raise TypeError(f"loads has layout {loads.layout} on {loads.device}, allowed is torch.strided with values")
         values = loads.detach().to(dtype=torch.float64, device="cpu").numpy()
     else:
         try:
@@ -304,14 +307,20 @@ def _checked_loads(loads: object, n_logical: int) -> _Floats:
         if found.dtype.kind not in "iuf":
             raise TypeError(f"loads is {seen(loads)} of {found.dtype}, allowed are numbers [n_logical]")
         values = found.astype(np.float64)
-    if values.shape != (n_logical,):
-        raise ValueError(f"loads has shape {list(values.shape)}, allowed is [n_logical] = [{n_logical}]")
-    odd = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
-    if odd.size:
-        raise ValueError(f"loads[{odd[0]}] is {values[odd[0]]}, allowed is finite and 0 or more")
-    if values.sum() > _MOST_LOAD:
-        raise ValueError(f"loads add up to {values.sum()}, allowed is at most {_MOST_LOAD}")
-    return values
+    if values.ndim not in (1, 2) or values.shape[-1] != n_logical or not len(values):
+        raise ValueError(
+            f"loads has shape {list(values.shape)}, allowed is [n_logical] = [{n_logical}] or [batches, {n_logical}]"
+        )
+    odd = ~(np.isfinite(values) & (values >= 0))
+    if odd.any():
+        index = np.argwhere(odd)[0].tolist()
+        raise ValueError(f"loads{index} is {values[tuple(index)]}, allowed is finite and 0 or more")
+    with np.errstate(over="ignore"):
+        total = float(values.sum())
+    if total > _MOST_LOAD:
+        raise ValueError(f"loads add up to {total}, allowed is at most {_MOST_LOAD}")
+    mean: _Floats = values if values.ndim == 1 else values.mean(axis=0)
+    return mean
 
 
 # ---- as text and as data

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 import warnings
 import zipfile
@@ -33,10 +34,12 @@ __all__ = [
     "Kind",
     "Numbers",
     "Path",
+    "check_folder",
     "checked_counts",
     "kind_of",
     "npz_names",
     "numbers",
+    "on_host",
     "read_json",
     "read_npy",
     "read_npz",
@@ -100,8 +103,9 @@ def _parsing(where: object, what: str) -> Iterator[None]:
 
 
 def _words_of(error: Exception) -> str:
-    # torch explains at length how its checks are turned off
-    lines = str(error).replace("WeightsUnpickler error:", "\n").split("\n")
+    # torch explains at length, in bold, how its checks are turned off
+    said = str(error).rpartition("WeightsUnpickler error:")[2].partition("Please use `torch.serialization")[0]
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", said).split("\n")
     words = " ".join(" ".join(line for line in lines if "weights_only" not in line).split())
     return f"{type(error).__name__}: {words}"[:_LONGEST_REASON] if words else type(error).__name__
 
@@ -143,6 +147,8 @@ def kind_of(path: Path) -> Kind:
         return Kind.NPY
     if head.startswith(_ZIP):
         return _kind_of_zip(path)
+    if len(head) < len(_ZIP) and (_ZIP.startswith(head) or _NPY.startswith(head)):
+        refuse(path, f"has {len(head)} bytes, too few for the NumPy or torch file that it begins like")
     if head.startswith(_PICKLE):
         refuse(path, "is a pickle or a torch file older than torch 1.6, which could run code; torch.save writes others")
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -302,11 +308,16 @@ def _json(text: str) -> Any:
     return json.loads(text, parse_constant=no_number)
 
 
-def read_table(path: Path) -> tuple[list[str] | None, npt.NDArray[np.float64]]:
+def read_table(path: Path, *, numbered: bool = False) -> tuple[list[str] | None, npt.NDArray[np.float64]]:
     """Return a table of numbers, with its header if its first line is not all numbers.
 
     Cells are separated by commas, semicolons, tabs or blanks, whichever the first line has, in this order. Blank lines
     and those that begin with ``#`` are left out.
+
+    Args:
+        path: the file.
+        numbered: whether columns may be named by their numbers: a first line ``0,1,…`` is a header if it has two cells
+            or more, and other lines follow.
 
     Returns:
         The names, or ``None``, and float64 ``[lines, cells]``.
@@ -320,10 +331,13 @@ def read_table(path: Path) -> tuple[list[str] | None, npt.NDArray[np.float64]]:
         first = next(lines, None)
         if first is None:
             refuse(path, "has no line of numbers")
-        header = None if all(_is_number(cell) for cell in first[1]) else first[1]
-        rows: list[npt.NDArray[np.float64]] = []
         width = len(first[1])
-        for number, cells in lines if header is not None else itertools.chain([first], lines):
+        second = next(lines, None)
+        named = numbered and second is not None and width > 1 and first[1] == [str(i) for i in range(width)]
+        header = first[1] if named or not all(_is_number(cell) for cell in first[1]) else None
+        rows: list[npt.NDArray[np.float64]] = []
+        begin = [line for line in (None if header else first, second) if line is not None]
+        for number, cells in itertools.chain(begin, lines):
             if len(cells) != width:
                 refuse(path, f"line {number} has {len(cells)} cells, allowed are {width} as in line {first[0]}")
             if (len(rows) + 1) * width > MOST_VALUES:
@@ -386,6 +400,19 @@ def numbers(value: object, where: object) -> Numbers:
     refuse(where, f"is a {type(value).__name__}, allowed are a tensor, an array or lists of numbers")
 
 
+def on_host(value: object, where: object) -> object:
+    """Return a caller's tensor on the CPU, and anything else as it is.
+
+    Raises:
+        ValueError: the tensor has no values in memory: sparse, or on ``meta``.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.layout != torch.strided or value.device.type == "meta":
+        refuse(where, f"has layout {value.layout} on {value.device}, allowed is torch.strided, and not on meta")
+    return value.detach().cpu()
+
+
 def _of_tensor(tensor: torch.Tensor, where: object) -> Numbers:
     if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
         refuse(
@@ -440,22 +467,51 @@ def checked_counts(values: Numbers, where: object) -> Numbers:
     return values
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a file that could not be written because of where it is, before the work.
+
+    Raises:
+        OSError: its folder is missing or none, or it is a folder itself.
+    """
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    if os.path.isdir(target):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not os.path.isdir(folder):
+        code = errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT
+        raise OSError(code, f"{os.strerror(code)}, allowed is a folder that exists", folder)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file in one step: whoever reads it meanwhile, or after a crash, has the old one or the new one.
+
+    Links are followed, and the file keeps its permissions. Pipes and devices are written to as they are.
 
     Raises:
         OSError: it cannot be written.
     """
-    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):  # a link, a pipe, a terminal
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         with open(path, "wb") as file:
             file.write(data)
         return
-    part = f"{os.fspath(path)}.{os.getpid()}.part"
+    check_folder(path)
+    target = os.path.realpath(path)
+    part = f"{target}.{os.getpid()}.part"
     try:
-        with open(part, "xb") as file:
+        with open(part, "xb", opener=_private if mode is not None else None) as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
             file.write(data)
-        os.replace(part, path)
-    except OSError:
+        os.replace(part, target)
+    except OSError as error:
         if os.path.exists(part):
             os.unlink(part)
-        raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

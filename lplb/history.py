@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from lplb import files
-from lplb.arguments import seen, whole_number
+from lplb.arguments import real_number, seen, whole_number
 
 __all__ = ["LoadHistory"]
 
@@ -140,7 +140,7 @@ class LoadHistory:
         self._deviation = self._deviation * aged + deviation + step**2 * (before * weight / self._weight)
 
     def loads(self) -> _Floats:
-        """Return the batches of the window, the oldest first, for `lplb.place`.
+        """Return the batches of the window, the oldest first, for `lplb.place`; see `lplb.formats.with_equal_loads`.
 
         Returns:
             float64 ``[n_layers, batches, n_logical]``, the caller's own.
@@ -153,6 +153,9 @@ class LoadHistory:
 
     def mean(self) -> _Floats:
         """Return the mean load of each expert, weighted as the class says.
+
+        For `lplb.place`, a mean of layers wants an axis of batches: ``lplb.place(history.mean()[:, None], …)``, or
+        better ``history.loads()``. It takes two dimensions for batches of one layer.
 
         Returns:
             float64 ``[n_layers, n_logical]``, the caller's own.
@@ -281,20 +284,17 @@ def _said(array: npt.NDArray[Any]) -> str:
 def _checked_decay(decay: float | None) -> float | None:
     if decay is None:
         return None
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
-        raise TypeError(f"decay is {decay!r}, allowed is a number or None")
-    if not 0 < decay < 1:
+    number = real_number("decay", decay)
+    if not 0 < number < 1:
         raise ValueError(f"decay is {decay}, allowed are numbers above 0 and below 1")
-    return float(decay)
+    return number
 
 
 def _checked(given: object, name: str, shape: tuple[int | None, ...], words: str) -> _Floats:
     """Return counts as a new float64 array of that shape; ``None`` stands for any size."""
-    if isinstance(given, torch.Tensor):
-        given = given.detach().cpu()
-    elif not isinstance(given, np.ndarray):
+    if not isinstance(given, (torch.Tensor, np.ndarray)):
         raise TypeError(f"{name} is {seen(given)}, allowed is a tensor or an array")
-    counts = files.numbers(given, name)
+    counts = files.numbers(files.on_host(given, name), name)
     if counts.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, counts.shape, strict=True)):
         allowed = [("batches" if want is None else want) for want in shape]
         raise ValueError(

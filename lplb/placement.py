@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb.arguments import MAX_GROUP_SIZE, whole_number
+from lplb.arguments import MAX_GROUP_SIZE, seen, whole_number
 
 __all__ = ["Placement", "split_evenly"]
 
 _FORMAT = "lplb.placement"
 _VERSION = 1
 _MAX_LOGICAL = 2**31  # so that every expert fits in int32
+_MOST_TOKENS = 2**62  # of one expert
 _MAX_NAMED = 4  # how many missing experts a message lists
 
 
@@ -263,8 +264,25 @@ def split_evenly(placement: Placement, counts: npt.NDArray[np.int64]) -> npt.NDA
 
     Args:
         placement: where the experts are.
-        counts: tokens of each expert, ``[n_logical]`` or a batch ``[n, n_logical]``.
+        counts: tokens of each expert, ``[n_logical]`` or batches ``[..., n_logical]``, of an integer dtype.
+
+    Returns:
+        int64 ``[n_physical]`` or ``[..., n_physical]``.
+
+    Raises:
+        TypeError: ``counts`` is no array, or not of integers.
+        ValueError: another number of experts, or a count below 0 or above 2**62.
     """
+    if not isinstance(counts, np.ndarray):
+        raise TypeError(f"counts is {seen(counts)}, allowed is an array of integers")
+    if counts.dtype.kind not in "iu":
+        raise TypeError(f"counts has dtype {counts.dtype}, allowed is an integer dtype")
+    if counts.ndim < 1 or counts.shape[-1] != placement.n_logical:
+        raise ValueError(f"counts has shape {list(counts.shape)}, allowed is [..., n_logical = {placement.n_logical}]")
+    odd = (counts < 0) | (counts > _MOST_TOKENS)
+    if odd.any():
+        raise ValueError(f"counts has {counts[odd][0]}, allowed are 0 to {_MOST_TOKENS} tokens")
+    counts = counts.astype(np.int64, copy=False)
     expert = placement.phy2log.numpy()
     copies = placement.logcnt.numpy()[expert].astype(np.int64)
     number = np.empty_like(copies)  # which of its expert's copies a slot is

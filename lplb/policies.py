@@ -48,8 +48,10 @@ def place(
 
     Args:
         history: loads of each logical expert, for example tokens: ``[n_logical]``, their mean; ``[batches,
-            n_logical]``; or ``[layers, batches, n_logical]``. A tensor on any device, an array, or nested sequences;
-            any real dtype but ``bool``; finite, not negative, not all zero in a layer.
+            n_logical]``; or ``[layers, batches, n_logical]``. Two dimensions are always batches of one layer: the means
+            of several layers, as `lplb.history.LoadHistory.mean` returns them, are ``history.mean()[:, None]``. A
+            tensor on any device, an array, or nested sequences; any real dtype but ``bool``; finite, not negative, not
+            all zero in a layer (`lplb.formats.with_equal_loads` fills such layers).
         n_ranks: number of ranks.
         n_physical: number of slots on all ranks; a multiple of ``n_ranks``, at least ``n_logical``, and at most
             ``n_logical * n_ranks``, as no rank holds an expert twice.
@@ -272,6 +274,8 @@ def _checked_loads(name: str, loads: object) -> _Floats:
     if isinstance(loads, torch.Tensor):
         if loads.dtype.is_complex or loads.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {loads.dtype}, allowed is a real dtype")
+        if loads.layout != torch.strided or loads.device.type == "meta":
+            raise TypeError(f"{name} has layout {loads.layout} on {loads.device}, allowed is torch.strided with values")
         values = loads.detach().to(device="cpu", dtype=torch.float64).numpy()
     elif isinstance(loads, (np.ndarray, Sequence)) and not isinstance(loads, (str, bytes)):
         try:
@@ -283,6 +287,8 @@ def _checked_loads(name: str, loads: object) -> _Floats:
         values = given.astype(np.float64)
     else:
         raise TypeError(f"{name} is {seen(loads)}, allowed is a tensor, an array or a sequence of numbers")
+    if values.ndim == 0:
+        raise ValueError(f"{name} has shape [], allowed is at least one dimension, [n_logical]")
     odd = ~((values >= 0) & (values <= _MOST_LOAD))  # true for NaN as well
     if odd.any():
         index = np.argwhere(odd)[0].tolist()
@@ -302,7 +308,10 @@ def checked_history(history: object) -> tuple[_Floats, bool]:
     idle = np.flatnonzero(layers.sum(axis=(1, 2)) == 0)
     if idle.size:
         where = f" in layer {idle[0]}" if values.ndim == 3 else ""
-        raise ValueError(f"history is 0 everywhere{where}, allowed is at least one load above 0; ones place evenly")
+        raise ValueError(
+            f"history is 0 everywhere{where}, allowed is at least one load above 0; "
+            "lplb.formats.with_equal_loads puts ones in such layers"
+        )
     return layers, values.ndim == 3
 
 

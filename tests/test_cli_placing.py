@@ -1,5 +1,6 @@
 """``lplb place``, ``diff`` and ``show``: files in, files and reports out, errors in one line."""
 
+import itertools
 import json
 import sys
 
@@ -10,8 +11,8 @@ from reference import exact_bottleneck, exact_optimum
 from test_formats import BROKEN
 
 from lplb import Placement, cli
-from lplb.assess import change, with_equal_loads, worth
-from lplb.formats import read_placements, write_loads, write_placements
+from lplb.assess import change, worth
+from lplb.formats import read_placements, with_equal_loads, write_loads, write_placements
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -56,11 +57,13 @@ def files(tmp_path):
 
 
 def even_loads(phy2log, n_ranks, load):
-    """Tokens of each rank where every slot of an expert takes the same."""
+    """Tokens of each rank where those of an expert are dealt to its copies in turn, expert e's to copy e first."""
     rank_load = np.zeros(n_ranks)
     per_rank = len(phy2log) // n_ranks
-    for slot, expert in enumerate(phy2log):
-        rank_load[slot // per_rank] += load[expert] / phy2log.count(expert)
+    for expert, tokens in enumerate(load):
+        slots = [slot for slot, held in enumerate(phy2log) if held == expert]
+        for t in range(tokens):
+            rank_load[slots[(expert + t) % len(slots)] // per_rank] += 1
     return rank_load
 
 
@@ -98,10 +101,18 @@ def test_worth_of_averages_and_of_more_than_planners_take():
     whole = worth(placement, LOADS[0])
     for factor in (1 / 700, 2.0**34):
         scaled = worth(placement, LOADS[0] * factor)
-        np.testing.assert_allclose(scaled.even, whole.even)
+        np.testing.assert_allclose(scaled.even, whole.even, atol=4 / LOADS[0].sum(1).min())  # but whole tokens
         np.testing.assert_allclose(scaled.bound, whole.bound, rtol=1e-5)
         np.testing.assert_allclose(scaled.lp, whole.bound, rtol=1e-5)
         np.testing.assert_allclose(scaled.lp_loads.sum(), whole.lp_loads.sum() * factor)
+
+
+def test_few_tokens_are_whole_in_both_splits():
+    placement = Placement([0, 1, 0, 1], 2)
+    found = worth(placement, np.array([[3, 1], [1, 1], [1, 0]]))
+    assert found.even.tolist() == [1.0, 1.0, 2.0]  # expert 0's odd token goes to its copy 0, expert 1's to its copy 1
+    assert (found.lp <= found.even).all()
+    assert found.bound.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_batches_without_tokens_are_left_out():
@@ -177,6 +188,15 @@ def test_place_layers_without_tokens(run, tmp_path):
     assert "-" in run(*common)[1]
 
 
+def test_place_checks_its_output_before_the_work(run, load, tmp_path, monkeypatch):
+    from lplb.commands import placing
+
+    monkeypatch.setattr(placing, "placed", None)  # which would fail as it is called
+    status, _, error = run("place", "--load", load, "--ranks", 4, "--slots", 16, "-o", tmp_path / "absent" / "x.json")
+    assert (status, error.count("\n")) == (1, 1)
+    assert error.endswith(f"allowed is a folder that exists: '{tmp_path / 'absent'}'\n")
+
+
 def test_place_from_several_files_and_plain_arrays(run, load, tmp_path):
     np.save(tmp_path / "x.npy", LOADS[:, 0])
     common = ("--ranks", 4, "--slots", 16, "--json")
@@ -184,6 +204,58 @@ def test_place_from_several_files_and_plain_arrays(run, load, tmp_path):
     assert report["batches"] == 2 * N_BATCHES
     report = json.loads(run("place", "--load", tmp_path / "x.npy", "--first-axis", "layers", *common)[1])
     assert (report["batches"], len(report["layers"])) == (1, N_LAYERS)
+
+
+def moves_of(before, after):
+    """Slots that come from another rank: of each rank the experts that it had not."""
+    pairs = zip(before.phy2log.view(4, -1).tolist(), after.phy2log.view(4, -1).tolist(), strict=True)
+    return sum(len(set(new) - set(old)) for old, new in pairs)
+
+
+def current_file(tmp_path):
+    placements = [Placement(np.roll(one.phy2log.numpy(), 4), 4) for one in [*BEFORE, AFTER[0]]]
+    write_placements(tmp_path / "current.json", placements)
+    return tmp_path / "current.json", placements
+
+
+def test_place_keeps_experts_where_they_are(run, tmp_path):
+    loads = LOADS.copy()
+    loads[0] = 0
+    write_loads(tmp_path / "load.npz", loads)
+    path, current = current_file(tmp_path)
+    common = ("place", "--load", tmp_path / "load.npz", "--ranks", 4, "--slots", 16)
+    anew = json.loads(run(*common, "--json")[1])
+    status, text, error = run(*common, "--current", path, "-o", tmp_path / "new.json")
+    assert (status, error) == (0, "")
+    new = read_placements(tmp_path / "new.json")
+    assert new[0] == current[0]  # without loads there is no reason to move
+    moves = [moves_of(*pair) for pair in zip(current, new, strict=True)]
+    assert f"{sum(moves)} of 48 slots" in text
+    report = json.loads(run(*common, "--current", path, "--json")[1])
+    assert [layer["moves"] for layer in report["layers"]] == moves
+    assert report["moves"] == sum(moves)
+    for layer in (1, 2):  # the best of all orders of ranks
+        rows = [set(anew["layers"][layer]["phy2log"][4 * r : 4 * r + 4]) for r in range(4)]
+        old = [set(rank) for rank in current[layer].phy2log.view(4, 4).tolist()]
+        orders = itertools.permutations(range(4))
+        assert moves[layer] == min(sum(len(rows[o] - old[r]) for r, o in enumerate(order)) for order in orders)
+        assert report["layers"][layer]["lp"] == pytest.approx(anew["layers"][layer]["lp"])
+    assert anew["moves"] is None
+    assert anew["layers"][0]["moves"] is None
+    write_placements(tmp_path / "one.json", current[0])
+    assert run(*common, "--current", tmp_path / "one.json", "--layer", 1, "--json")[0] == 0
+    assert run(*common, "--current", tmp_path / "one.json", "--json")[0] == 0
+
+
+def test_place_by_few_moves(run, load, tmp_path):
+    path, current = current_file(tmp_path)
+    common = ("place", "--load", load, "--ranks", 4, "--slots", 16, "--current", path, "--json")
+    report = json.loads(run(*common, "--max-moves", 2)[1])
+    for layer, old, loads in zip(report["layers"], current, LOADS, strict=True):
+        assert layer["moves"] == moves_of(old, Placement(layer["phy2log"], 4)) <= 2
+        assert layer["lp"] <= worth(old, loads).lp.mean() + 1e-9
+    assert report["moves"] > 0
+    assert json.loads(run(*common, "--max-moves", 0)[1])["moves"] == 0
 
 
 # diff
@@ -203,6 +275,17 @@ def test_diff(run, files):
     sized = json.loads(run("diff", *files, "--json", "--expert-bytes", 1 << 20)[1])
     assert [layer["bytes"] for layer in sized["layers"]] == [3 << 20, 0]
     assert json.loads(run("diff", files[0], files[0], "--json")[1])["total"]["moves"] == 0
+
+
+def test_diff_relabelled(run, files, tmp_path):
+    renamed = [Placement(np.roll(one.phy2log.numpy(), 4), 4) for one in AFTER]
+    write_placements(tmp_path / "r.json", renamed)
+    assert json.loads(run("diff", files[0], tmp_path / "r.json", "--json")[1])["total"]["moves"] > 3
+    status, text, error = run("diff", files[0], tmp_path / "r.json", "--relabel")
+    assert (status, error) == (0, "")
+    assert "3 of 32 slots are filled from another rank\n" in text
+    assert text.endswith("ranks and slots are renamed so that most experts stay\n")
+    assert json.loads(run("diff", files[0], tmp_path / "r.json", "--relabel", "--json")[1])["total"]["moves"] == 3
 
 
 def test_diff_of_files_that_differ_in_more(run, files, tmp_path):
@@ -322,14 +405,26 @@ def test_broken_files_are_one_line(run, tmp_path, case):
         ({"--group-size": 3}, "3"),
         ({"--layer": 3}, "layer is 3, allowed is 0 to 2"),
         ({"--experts": 5}, "has 12 experts, allowed are n_logical = 5"),
-        ({"-o": "absent/x.json"}, "No such file or directory"),
+        ({"-o": "absent/x.json"}, "No such file or directory, allowed is a folder that exists: "),
+        ({"-o": "."}, "path ends in ''"),
+        ({"-o": "x.csv"}, "path ends in '.csv', allowed are .json and, for format 'sglang', .pt"),
+        ({"-o": "x.npy", "--format": "vllm"}, "path ends in '.npy'"),
+        ({"--max-moves": 2}, "--max-moves is 2, allowed only beside --current"),
+        ({"--current": "{current}", "--max-moves": 2}, "policy is 'eplb-distinct', allowed with a limit of moves is"),
+        ({"--current": "{current}", "--layer": 3}, "3, allowed is 0 to 2"),
+        ({"--current": "{current}", "--redundant": 0}, "layer 0 has 16 slots, allowed are 12"),
+        ({"--current": "{two}"}, "are of 2 layers, allowed are those of loads, 3"),
+        ({"--current": "{current}", "--ranks": 2}, "says n_ranks is 4"),
         ({"-o": "x.pt", "--format": "vllm"}, "format is 'vllm'"),
     ],
 )
 def test_place_refuses_in_one_line(run, load, monkeypatch, tmp_path, change, words):
     monkeypatch.chdir(tmp_path)
+    current = current_file(tmp_path)[0]
+    write_placements(tmp_path / "two.json", BEFORE)
     given = {"--load": load, "--ranks": 4, "--redundant": 4, "--policy": "eplb-distinct"} | change
-    status, text, error = run("place", *(part for pair in given.items() for part in pair))
+    named = [str(part).format(current=current, two="two.json") for pair in given.items() for part in pair]
+    status, text, error = run("place", *named)
     assert (status, text, error.count("\n")) == (1, "", 1)
     assert words in error
     assert not list(tmp_path.glob("x*"))

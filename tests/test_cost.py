@@ -215,6 +215,16 @@ def test_dispatch_is_near_what_deepep_reports():
     assert parts.combine * 1e6 == pytest.approx(273, rel=0.1)
 
 
+def test_numbers_of_any_real_type():
+    whole = layer_time(np.array([4.0, 41.0, 1.0, 1.0]), 2, SMALL, ROUND, planner_seconds=0.25)
+    for dtype in (torch.bfloat16, torch.float16, torch.int32, torch.uint8):
+        tokens = torch.tensor([4, 41, 1, 1], dtype=dtype)
+        assert layer_time(tokens, 2, SMALL, ROUND, planner_seconds=np.float32(0.25)) == whole
+    half = replace(ROUND, efficiency=np.float32(0.5))
+    assert (half.efficiency, type(half.efficiency)) == (0.5, float)
+    assert np.isfinite(layer_time(np.full(4, 1e30), 2, SMALL, ROUND)).all()
+
+
 BAD = [
     ({"tokens": [1, 2]}, TypeError, "tokens is a list"),
     ({"tokens": np.array([True])}, TypeError, "bool"),
@@ -224,6 +234,11 @@ BAD = [
     ({"tokens": np.array([1.0, -2.0])}, ValueError, "-2.0"),
     ({"tokens": np.array([1.0, np.nan])}, ValueError, "nan"),
     ({"tokens": np.array([1.0, np.inf])}, ValueError, "inf"),
+    ({"tokens": np.array([1.0, 1e308])}, ValueError, "1e\\+308, allowed are 0 to 1e\\+30"),
+    ({"tokens": torch.eye(2).to_sparse()}, TypeError, "sparse"),
+    ({"tokens": torch.ones(2, device="meta")}, TypeError, "meta"),
+    ({"tokens": torch.ones(4, dtype=torch.bool)}, TypeError, "bool"),
+    ({"planner_seconds": np.True_}, TypeError, "planner_seconds is"),
     ({"n_ranks": 0}, ValueError, "n_ranks is 0"),
     ({"n_ranks": 2.0}, TypeError, "n_ranks is 2.0"),
     ({"model": "deepseek-v3"}, TypeError, "model is a str"),

@@ -160,6 +160,15 @@ def test_loads_in_any_unit(scale):
     assert [(f.expert, f.rank) for f in scaled.reliefs][:1] == [(f.expert, f.rank) for f in whole.reliefs][:1]
 
 
+def test_batches_are_explained_by_their_mean():
+    rng = np.random.default_rng(3)
+    placement = Placement(eplb_like_placement(rng, rng.lognormal(0, 1, 12), 4, 16), 4)
+    batches = np.random.default_rng(4).integers(0, 100, (5, 12))
+    mean = [float(Fraction(int(column.sum()), 5)) for column in batches.T]
+    assert explain(placement, batches) == explain(placement, mean)
+    assert explain(placement, torch.from_numpy(batches[:1])) == explain(placement, batches[0])
+
+
 def test_two_bottlenecks_apart():
     # Experts 0 and 1 are each alone on a rank with 10; one more copy of either leaves the other.
     found = explain(Placement([0, 1, 2, 3], 4), [10, 10, 1, 1]).groups[0]
@@ -195,7 +204,16 @@ def test_text_and_data():
     [
         (([0, 1], [1, 1]), {}, TypeError, "placement is a list, allowed is a Placement"),
         ((Placement([0, 1], 2), [1, 1, 1]), {}, ValueError, r"loads has shape \[3\], allowed is \[n_logical\] = \[2\]"),
-        ((Placement([0, 1], 2), [[1, 1]]), {}, ValueError, r"loads has shape \[1, 2\]"),
+        (
+            (Placement([0, 1], 2), [[1, 1, 1]]),
+            {},
+            ValueError,
+            r"loads has shape \[1, 3\], allowed is .* \[batches, 2\]",
+        ),
+        ((Placement([0, 1], 2), np.ones((0, 2))), {}, ValueError, r"loads has shape \[0, 2\]"),
+        ((Placement([0, 1], 2), [[1, 1], [1, -1]]), {}, ValueError, r"loads\[1, 1\] is -1.0"),
+        ((Placement([0, 1], 2), torch.eye(2).to_sparse()), {}, TypeError, "sparse"),
+        ((Placement([0, 1], 2), torch.ones(2, device="meta")), {}, TypeError, "meta"),
         (
             (Placement([0, 1], 2), [[1], [1, 2]]),
             {},

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -298,9 +299,38 @@ def test_tables_of_numpy_and_with_layers(at, tmp_path):
     np.savetxt(tmp_path / "b.csv", half[0], delimiter=",", header="tokens")
     same(read_loads(tmp_path / "b.csv"), half[:1])
     lines = [f"{layer},{batch},{','.join(map(str, LOADS[layer, batch]))}" for batch in (2, 0, 1) for layer in (1, 0)]
-    same(read_loads(at("c.csv", "\n".join(["Layer,batch,a,b,c,d,e,f", *lines]))), LOADS)
+    same(read_loads(at("c.csv", "\n".join(["Layer,batch,e0,e1,e2,e3,e4,e5", *lines]))), LOADS)
     quoted = [",".join(f'"{value}"' for value in row) for row in LOADS[0]]
     same(read_loads(at("d.csv", "\n".join(quoted))), LOADS[:1])
+
+
+@pytest.mark.parametrize(
+    "ids", ["0,1,2,3,4,5", "layer,0,1,2,3,4,5", "STEP,0,1,2,3,4,5", "forward_pass_id,e0,e1,e2,e3,e4,e5"]
+)
+def test_headers_that_pandas_writes(at, ids):
+    first = {"layer": ["0,"] * 3, "STEP": ["7,", "9,", "30,"], "forward_pass_id": ["2,", "1,", "0,"]}
+    head = first.get(ids.split(",")[0], [""] * 3)
+    rows = [one + ",".join(map(str, row)) for one, row in zip(head, LOADS[0], strict=True)]
+    expected = LOADS[:1, ::-1] if ids.startswith("forward") else LOADS[:1]
+    same(read_loads(at("a.csv", "\n".join([ids, *rows]))), expected)
+
+
+def test_a_single_line_of_numbers_is_no_header(at):
+    same(read_loads(at("a.csv", "0,1,2\n")), [[[0, 1, 2]]])
+    same(read_loads(at("b.csv", "0\n1\n")), [[[0], [1]]])
+    assert read_slots(at("c.csv", "0,1,2\n2,1,0\n")).phy2log[0].tolist() == [0, 1, 2]  # of slots it is layer 0's
+
+
+@pytest.mark.parametrize("names", [("layer", "expert", "tokens", "batch"), ("Layer_ID", "Expert_ID", "Load", "step")])
+def test_tables_with_a_line_for_each_expert(at, names):
+    rng = np.random.default_rng(2)
+    lines = [(i, e, LOADS[i, b, e], b if names[3] == "batch" else 10 * b + 4) for i, b, e in np.ndindex(*LOADS.shape)]
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        rows = [",".join(str(lines[k][c]) for c in order) for k in rng.permutation(len(lines))]
+        same(read_loads(at("a.csv", "\n".join([",".join(names[c] for c in order), *rows]))), LOADS)
+    few = "layer,expert,tokens\n1,0,5\n0,2,7.5\n"
+    same(read_loads(at("b.csv", few), n_logical=4), [[[0, 0, 7.5, 0]], [[5, 0, 0, 0]]])
+    same(read_loads(at("c.csv", "expert,count\n0,5\n1,6\n")), [[[5, 6]]])
 
 
 def test_a_history_and_the_trace(tmp_path):
@@ -352,6 +382,8 @@ def huge(shape, descr="<i8"):
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(64))
 BROKEN = {
     "empty": (b"", "is empty"),
+    "one byte of a zip": (b"P", "has 1 bytes, too few for"),
+    "three bytes of a zip": (b"PK\x03", "has 3 bytes, too few for"),
     "png": (PNG, "begins with b'.x89PNG"),
     "blanks": (b"  \n ", "allowed are .npy"),
     "text": (b"hello world\nhow are you\n", "line 2 has 3 cells"),
@@ -366,6 +398,17 @@ BROKEN = {
     "negative": (b"1,2\n3,-4\n", r"\[1, 1\]: is -4"),
     "too many tokens": (b"1,99999999999999999999\n", "allowed are 0 to 9007199254740992"),
     "pandas index": (b",a,b\n0,1,2\n", "column 1 has no name"),
+    "names": (b"a,b\n1,2\n", "column 1 is 'a', allowed is expert 0"),
+    "other index": (b"time,0,1\n7,1,2\n", "column 1 is 'time', allowed is expert 0"),
+    "names out of order": (b"layer,e0,e2\n0,1,2\n", "column 3 is 'e2', allowed is expert e1"),
+    "no experts": (b"layer,batch\n0,0\n", "column 3 is missing"),
+    "batch and step": (b"batch,step,1\n0,0,1\n", "column 3 is '1', allowed is expert 0"),
+    "step twice": (b"step,0,1\n4,1,2\n4,1,2\n", "has a step twice"),
+    "layer twice": (b"layer,layer_id,0\n0,0,1\n", "column 2 is 'layer_id' once more"),
+    "long without counts": (b"layer,expert,rank\n0,0,1\n", "has columns 'layer', 'expert', 'rank'"),
+    "long twice": (b"layer,expert,tokens\n0,1,3\n0,1,4\n", "layer 0, batch 0, expert 1 in 2 lines"),
+    "long fraction": (b"expert,tokens\n0.5,3\n", "expert has 0.5"),
+    "long huge": (b"layer,expert,tokens\n1e12,1e12,3\n", "allowed are 134217728 loads"),
     "json": (b"[1, 2", "JSON.*line 1 column"),
     "json words": (b'["a"]', r"\[0\]: is a str"),
     "json bool": (b"[[1, true]]", r"\[0\]\[1\]: is a bool"),
@@ -397,9 +440,9 @@ BROKEN = {
     "old table": (b"layer_id,expert_id,count\n3,1e15,4\n", "has expert 1000000000000000"),
     "old table layers": (b"layer_id,expert_id,count\n1e15,1,4\n", "layer 1000000000000000"),
     "old table fraction": (b"layer_id,expert_id,count\n1.5,1,4\n", "fractions"),
-    "layers": (b"layer,batch,a\n0,0,1\n2,0,1\n", r"layers \[0, 2\]"),
-    "batches": (b"layer,batch,a\n0,0,1\n0,2,1\n", "batch is not 0 and on"),
-    "layer words": (b"layer,batch,a\n0.5,0,1\n", "layer has 0.5"),
+    "layers": (b"layer,batch,0\n0,0,1\n2,0,1\n", r"layers \[0, 2\]"),
+    "batches": (b"layer,batch,0\n0,0,1\n0,2,1\n", "batch is not 0 and on"),
+    "layer words": (b"layer,batch,0\n0.5,0,1\n", "layer has 0.5"),
     "npy magic": (b"\x93NUMPY", "a NumPy array"),
     "npy version": (b"\x93NUMPY\x09\x00\x10\x00" + b" " * 16, "version"),
     "npy huge": (huge((2**60,)), r"declares shape \[1152921504606846976\]"),
@@ -477,6 +520,15 @@ def test_broken_torch_files(at, content, words):
     with pytest.raises(ValueError, match=words) as caught:
         read_loads(path)
     assert str(path) in str(caught.value)
+
+
+def test_what_torch_refuses_is_said_without_its_advice(at):
+    for path in (at("a.pt", {"logical_count": np.float64(3)}), at("b.pt", torch.nn.Linear(1, 1))):
+        with pytest.raises(ValueError, match=r"Unsupported global: GLOBAL \S+") as caught:
+            read_loads(path)
+        assert str(caught.value).isprintable()
+        assert "options" not in str(caught.value)
+        assert "serialization" not in str(caught.value)
 
 
 def test_passes_that_do_not_fit(at):
@@ -728,6 +780,13 @@ def test_ranks_and_experts_beside_a_file(at, tmp_path):
         read_placements(tmp_path / "y.json", n_logical=9)
 
 
+@pytest.mark.parametrize("name", ["layer", "", "Layer_ID"])
+def test_numbers_of_layers_are_no_slots(at, name):
+    with pytest.raises(ValueError, match=f"column 1 is '{name}', allowed are slots only"):
+        read_slots(at("x.csv", f"{name},s0,s1\n0,0,1\n"))
+    assert read_slots(at("y.csv", "s0,s1\n0,1\n")).phy2log[0].tolist() == [0, 1]
+
+
 def test_slots_are_read_where_an_expert_is_twice_on_a_rank(at):
     assert read_slots(at("x.json", {"physical_to_logical_map": [[0, 0, 1, 2]]})).phy2log[0].tolist() == [0, 0, 1, 2]
 
@@ -741,6 +800,9 @@ def test_slots_are_read_where_an_expert_is_twice_on_a_rank(at):
         ("x.npz", LOADS * np.nan, "is nan"),
         ("x.npz", LOADS.astype(str), "<U"),
         ("x.npz", LOADS[:, :0], "at least one"),
+        ("x.npz", np.array(3), r"shape \[\], allowed is"),
+        ("x.npz", torch.eye(2).to_sparse(), "sparse"),
+        ("x.npz", torch.ones(1, 1, 1, device="meta"), "meta"),
     ],
 )
 def test_loads_that_cannot_be_written(tmp_path, path, loads, words):
@@ -761,8 +823,11 @@ def test_placements_that_cannot_be_written(tmp_path):
             write_placements(tmp_path / "x.json", *arguments)
     with pytest.raises(ValueError, match=r"allowed for .* is 'sglang'"):
         write_placements(tmp_path / "x.pt", placement, "lplb")
-    with pytest.raises(FileNotFoundError):
-        write_placements(tmp_path / "absent" / "x.json", placement)
+    with pytest.raises(ValueError, match=r"path ends in '.csv', allowed are .json and, for format 'sglang', .pt"):
+        write_placements(tmp_path / "x.csv", placement, "vllm")
+    for name in ("absent/x.json", "absent/x.pt"):
+        with pytest.raises(FileNotFoundError, match=r"allowed is a folder that exists: '.*/absent'"):
+            write_placements(tmp_path / name, placement)
     assert not list(tmp_path.iterdir())
 
 
@@ -774,6 +839,44 @@ def test_writing_replaces_files_and_follows_links(tmp_path):
         same(read_loads(tmp_path / "real.npy"), LOADS)
     assert (tmp_path / "link.npy").is_symlink()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_writing_keeps_permissions(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_loads(tmp_path / "new.npy", LOADS)
+        assert (tmp_path / "new.npy").stat().st_mode & 0o777 == 0o644
+        for mode in (0o600, 0o664):
+            (tmp_path / "new.npy").chmod(mode)
+            write_loads(tmp_path / "new.npy", LOADS)
+            assert (tmp_path / "new.npy").stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
+
+
+def test_writing_through_links_is_in_one_step(tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "real.npy").write_bytes(b"old")
+    (tmp_path / "link.npy").symlink_to("to/real.npy")
+    (tmp_path / "new.npy").symlink_to("to/none.npy")
+    old = (tmp_path / "to" / "real.npy").stat().st_ino
+    for name in ("link.npy", "new.npy"):
+        write_loads(tmp_path / name, LOADS)
+        assert (tmp_path / name).is_symlink()
+        same(read_loads(tmp_path / name), LOADS)
+    assert (tmp_path / "to" / "real.npy").stat().st_ino != old  # another file took its place, whole
+    assert sorted(one.name for one in (tmp_path / "to").iterdir()) == ["none.npy", "real.npy"]
+    (tmp_path / "loop.npy").symlink_to("loop.npy")
+    with pytest.raises(OSError, match=r"loop\.npy'$"):
+        write_loads(tmp_path / "loop.npy", LOADS)
+
+
+def test_writing_to_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit((tmp_path / "pipe.csv").read_bytes)
+        write_loads(tmp_path / "pipe.csv", LOADS[:, :, :1])
+        assert got.result().startswith(b"layer,batch,0\n0,0,")
 
 
 def test_text_keeps_every_bit(tmp_path):

@@ -231,6 +231,8 @@ def test_other_files_are_refused(tmp_path):
         (np.zeros((3, 5), dtype=bool), ValueError, "bool"),
         (np.zeros((3, 5), dtype=complex), ValueError, "complex"),
         (torch.zeros(3, 5, dtype=torch.bool), ValueError, "bool"),
+        (torch.zeros(3, 5, device="meta"), ValueError, "meta"),
+        (torch.zeros(3, 5).to_sparse(), ValueError, "sparse"),
         ([[0] * 5] * 3, TypeError, "a list, allowed is a tensor or an array"),
     ],
 )
@@ -263,6 +265,7 @@ def test_a_bad_batch_among_several_adds_none():
         ({"decay": 0.0}, ValueError, "decay is 0.0"),
         ({"decay": math.nan}, ValueError, "decay is nan"),
         ({"decay": True}, TypeError, "decay is True"),
+        ({"decay": np.float32(1)}, ValueError, "decay is"),
         ({"decay": "0.5"}, TypeError, "decay is '0.5'"),
     ],
 )
@@ -289,3 +292,7 @@ def test_only_histories_alike_are_merged():
     with pytest.raises(TypeError, match="int"):
         history.merge(3)
     assert history.seen == 2
+
+
+def test_decay_of_numpy():
+    assert LoadHistory(1, 1, decay=np.float32(0.5)).decay == 0.5

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lplb.arguments import MAX_GROUP_SIZE, whole_number
-from lplb.placement import Placement
+from lplb.placement import Placement, split_evenly
 
 # Two ranks of three slots, four experts.
 PHY2LOG = [2, 0, 3, 1, 3, 2]
@@ -292,3 +292,30 @@ def test_json_refuses_text(text, message):
 def test_json_is_a_str():
     with pytest.raises(TypeError, match="text is a bytes, allowed is a str"):
         Placement.from_json(b"{}")
+
+
+def test_split_evenly_deals_any_shape_and_integer():
+    placement = Placement([0, 1, 0, 1], 2)
+    counts = np.array([[[3, 1], [0, 2]], [[1, 0], [7, 7]]], dtype=np.uint64)
+    expected = [[[2, 0, 1, 1], [0, 1, 0, 1]], [[1, 0, 0, 0], [4, 3, 3, 4]]]
+    for dtype in (np.uint64, np.int64, np.uint8):
+        quota = split_evenly(placement, counts.astype(dtype))
+        assert (quota.dtype, quota.tolist()) == (np.int64, expected)
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        (np.ones(2), TypeError, "counts has dtype float64, allowed is an integer dtype"),
+        (np.ones(2, dtype=bool), TypeError, "dtype bool"),
+        (torch.ones(2), TypeError, "a torch.float32 tensor"),
+        ([1, 1], TypeError, "a list"),
+        (np.array(3), ValueError, r"shape \[\], allowed is"),
+        (np.ones((2, 3), dtype=int), ValueError, r"shape \[2, 3\], allowed is \[..., n_logical = 2\]"),
+        (np.array([1, -1]), ValueError, "has -1, allowed are 0 to"),
+        (np.array([1, 2**63], dtype=np.uint64), ValueError, "has 9223372036854775808"),
+    ],
+)
+def test_split_evenly_refuses(counts, error, message):
+    with pytest.raises(error, match=message):
+        split_evenly(Placement([0, 1], 2), counts)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from reference import ReferenceLP
 from reference_eplb import rebalance_reference
 
+from lplb.formats import with_equal_loads
+from lplb.history import LoadHistory
 from lplb.placement import Placement
 from lplb.planner import Planner
 from lplb.policies import FALLBACKS, POLICIES, imbalance, likely_loads, optima, place
@@ -328,3 +330,34 @@ def test_scores_refuse_what_does_not_fit():
         optima([0, 1], [1.0, 1.0])
     with pytest.raises(ValueError, match="history has 3 dimensions"):
         likely_loads(np.ones((1, 1, 8)))
+
+
+@pytest.mark.parametrize("number", [torch.tensor(3.0), np.array(3.0)])
+def test_a_number_is_no_history(number):
+    with pytest.raises(ValueError, match=r"history has shape \[\], allowed is"):
+        place(number, n_ranks=1, n_physical=1)
+
+
+@pytest.mark.parametrize("odd", [torch.eye(8).to_sparse(), torch.ones(8, device="meta")])
+def test_tensors_without_values_are_refused(odd):
+    with pytest.raises(TypeError, match=r"history has layout .*allowed is torch.strided"):
+        place(odd, **GOOD)
+
+
+def test_layers_without_loads_are_refused_and_can_be_filled():
+    loads = np.random.default_rng(5).integers(1, 99, (3, 2, 8))
+    loads[0] = 0
+    with pytest.raises(ValueError, match=r"0 everywhere in layer 0.*lplb\.formats\.with_equal_loads"):
+        place(loads, **GOOD)
+    placed = place(with_equal_loads(loads), **GOOD)
+    assert placed[0] == place(np.ones((2, 8)), **GOOD)
+    assert placed[1:] == place(loads[1:], **GOOD)
+    assert not loads[0].any()
+
+
+def test_two_dimensions_are_batches_and_means_of_layers_want_an_axis():
+    history = LoadHistory(3, 8)
+    history.add(np.random.default_rng(6).integers(1, 99, (3, 8)))
+    placed = place(history.mean()[:, None], **GOOD)
+    assert placed == [place(mean, **GOOD) for mean in history.mean()]
+    assert isinstance(place(history.mean(), **GOOD), Placement)

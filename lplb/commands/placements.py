@@ -26,7 +26,13 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=int, default=1, metavar="N", help="groups of experts that routing knows")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes")
     parser.add_argument("--fallback", default="lp", choices=["lp", "even"], help="the split when no LP is solved")
-    parser.add_argument("-o", "--output", metavar="FILE", help="where the placements go")
+    parser.add_argument(
+        "--current", metavar="FILE", help="placements in use: ranks and slots are named so that most experts stay there"
+    )
+    parser.add_argument(
+        "--max-moves", type=int, metavar="N", help="change those of --current, by at most so many moves in each layer"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="where the placements go (.json, or .pt for sglang)")
     parser.add_argument(
         "--format", choices=["lplb", "sglang", "vllm", "vllm-ascend"], help="of it (default: lplb, sglang for .pt)"
     )
@@ -37,11 +43,25 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 def _place(arguments: argparse.Namespace) -> int:
     def work(tables: Any) -> None:
         from lplb import formats
+        from lplb.arguments import whole_number
         from lplb.commands import placing
+        from lplb.formats.placements import check_output
 
+        if arguments.output is not None:
+            check_output(arguments.output, arguments.format)
+        if arguments.max_moves is not None and arguments.current is None:
+            raise ValueError(f"--max-moves is {arguments.max_moves}, allowed only beside --current")
         loads = _loads(arguments)
+        current = None
+        if arguments.current is not None:
+            current = formats.read_placements(arguments.current, arguments.ranks, n_logical=loads.shape[2])
+            if arguments.layer is not None and len(current) > 1:
+                whole_number("--layer", arguments.layer, 0, len(current) - 1)
+                current = current[arguments.layer : arguments.layer + 1]
         placements, report = placing.placed(
             loads,
+            current=current,
+            max_moves=arguments.max_moves,
             n_ranks=arguments.ranks,
             n_physical=arguments.slots if arguments.redundant is None else loads.shape[2] + arguments.redundant,
             policy=arguments.policy,
@@ -63,6 +83,9 @@ def add_diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", help="file of placements, any that lplb reads")
     parser.add_argument("after", help="the same, of as many layers and ranks")
     parser.add_argument("--expert-bytes", type=int, metavar="N", help="weights of one expert of one layer, for a sum")
+    parser.add_argument(
+        "--relabel", action="store_true", help="rename the second's ranks and slots first so that most experts stay"
+    )
     _add_reading(parser)
     parser.set_defaults(run=_diff)
 
@@ -76,7 +99,7 @@ def _diff(arguments: argparse.Namespace) -> int:
             whole_number("--expert-bytes", arguments.expert_bytes, 1)
         files = (arguments.before, arguments.after)
         before, after = (placing.read_spread(path, arguments.ranks, arguments.spread) for path in files)
-        report = placing.differences(before, after, arguments.expert_bytes)
+        report = placing.differences(before, after, arguments.expert_bytes, relabelled=arguments.relabel)
         _say(report, None if arguments.json else tables.difference_table(report))
 
     return _run("diff", work, None if arguments.json else "show")

@@ -9,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb.assess import Worth, change, with_equal_loads, worth
+from lplb.assess import Worth, change, worth
+from lplb.change import plan_change
 from lplb.eplb import spread_copies
 from lplb.files import Path
-from lplb.formats import read_placements, read_slots
+from lplb.formats import read_placements, read_slots, with_equal_loads
 from lplb.placement import Placement
 from lplb.policies import place
+from lplb.relabel import nested_blocks, relabel
 
 __all__ = ["differences", "placed", "read_spread", "shown"]
 
@@ -30,6 +32,8 @@ def placed(
     n_nodes: int = 1,
     fallback: str = "lp",
     first_layer: int = 0,
+    current: Sequence[Placement] | None = None,
+    max_moves: int | None = None,
 ) -> tuple[list[Placement], dict[str, Any]]:
     """Make a placement for every layer and say what it is worth on the loads that it was made from.
 
@@ -43,28 +47,32 @@ def placed(
         n_nodes: number of nodes.
         fallback: what shares out batches when no LP does.
         first_layer: what the report calls the first of them.
+        current: placements in use, one for each layer or one for all: the new ones get the names of ranks and slots by
+            which most experts stay where they are, and the report has the moves. Layers without loads stay.
+        max_moves: do not place anew, but change ``current`` by at most so many moves in each layer, as
+            `lplb.plan_change` does; for ``policy="lp"``.
 
     Returns:
-        The placements and the report. Its imbalances are means over batches, ``None`` for layers without loads.
+        The placements and the report. Its imbalances are means over batches, ``None`` for layers without loads; moves
+        are ``None`` without ``current``.
 
     Raises:
         ValueError: a setting is not allowed.
     """
-    found = place(
-        with_equal_loads(loads),
-        n_ranks=n_ranks,
-        n_physical=n_physical,
-        policy=policy,
-        group_size=group_size,
-        n_groups=n_groups,
-        n_nodes=n_nodes,
-        fallback=fallback,
-    )
-    placements = [found] if isinstance(found, Placement) else list(found)
+    settings: dict[str, Any] = {"n_ranks": n_ranks, "n_physical": n_physical, "policy": policy}
+    settings |= {"group_size": group_size, "n_groups": n_groups, "n_nodes": n_nodes, "fallback": fallback}
+    moves: list[int] | list[None] = [None] * len(loads)
+    if current is None:
+        placements = _listed(place(with_equal_loads(loads), **settings))
+    else:
+        current = _checked_current(current, len(loads), n_physical)
+        placements = _following(current, loads, max_moves, settings)
+        moves = [change(*pair).moves for pair in zip(current, placements, strict=True)]
     layers: list[dict[str, Any]] = []
-    for i, (placement, batches) in enumerate(zip(placements, loads, strict=True), first_layer):
+    for i, (placement, batches) in enumerate(zip(placements, loads, strict=True)):
         ratios = _ratios(worth(placement, batches, group_size))
-        layers.append({"layer": i, **ratios, "phy2log": placement.phy2log.tolist()})
+        named = {"layer": first_layer + i, **ratios, "moves": moves[i]}
+        layers.append({**named, "phy2log": placement.phy2log.tolist()})
     report = {
         "policy": policy,
         "n_ranks": n_ranks,
@@ -72,9 +80,51 @@ def placed(
         "n_physical": n_physical,
         "batches": loads.shape[1],
         "mean": {name: _mean([layer[name] for layer in layers]) for name in ("even", "lp", "bound")},
+        "moves": None if current is None else sum(layer["moves"] for layer in layers),
         "layers": layers,
     }
     return placements, report
+
+
+def _following(
+    current: Sequence[Placement], loads: npt.NDArray[Any], max_moves: int | None, settings: dict[str, Any]
+) -> list[Placement]:
+    """Return what follows the current placements, one for each layer; those of layers without loads stay."""
+    if max_moves is not None and settings["policy"] != "lp":
+        raise ValueError(f"policy is {settings['policy']!r}, allowed with a limit of moves is 'lp'")
+    n_ranks, n_nodes, group_size = (settings[name] for name in ("n_ranks", "n_nodes", "group_size"))
+    nested_blocks(n_ranks, n_ranks if group_size is None else group_size, n_nodes)  # checks before the work
+    loaded = np.flatnonzero(loads.any(axis=(1, 2))).tolist()
+    placements = list(current)
+    if not loaded:
+        return placements
+    used = [current[i] for i in loaded]
+    if max_moves is None:
+        pairs = zip(used, _listed(place(loads[loaded], **settings)), strict=True)
+        found = [relabel(old, new, group_size=group_size, n_nodes=n_nodes) for old, new in pairs]
+    else:
+        # Experts keep to nodes where their groups can be dealt out to these; otherwise they go anywhere.
+        nodes = n_nodes if settings["n_groups"] % n_nodes == 0 else 1
+        limits: dict[str, Any] = {"max_moves": max_moves, "group_size": group_size, "n_nodes": nodes}
+        changes = plan_change(used, loads[loaded], fallback=settings["fallback"], **limits)
+        found = [one.placement for one in (changes if isinstance(changes, list) else [changes])]
+    for i, one in zip(loaded, found, strict=True):
+        placements[i] = one
+    return placements
+
+
+def _listed(found: Placement | list[Placement]) -> list[Placement]:
+    return [found] if isinstance(found, Placement) else found
+
+
+def _checked_current(current: Sequence[Placement], n_layers: int, n_physical: int) -> list[Placement]:
+    """Return the current placement of each layer; a single one is that of all."""
+    if len(current) not in (1, n_layers):
+        raise ValueError(f"the current placements are of {len(current)} layers, allowed are those of loads, {n_layers}")
+    for i, one in enumerate(current):
+        if one.n_physical != n_physical:
+            raise ValueError(f"the current placement of layer {i} has {one.n_physical} slots, allowed are {n_physical}")
+    return list(current) if len(current) == n_layers else [current[0]] * n_layers
 
 
 def _ratios(found: Worth) -> dict[str, float | None]:
@@ -110,7 +160,11 @@ def read_spread(path: Path, n_ranks: int | None, spread: bool) -> list[Placement
 
 
 def differences(
-    before: Sequence[Placement], after: Sequence[Placement], expert_bytes: int | None = None
+    before: Sequence[Placement],
+    after: Sequence[Placement],
+    expert_bytes: int | None = None,
+    *,
+    relabelled: bool = False,
 ) -> dict[str, Any]:
     """Say what has to move, layer by layer.
 
@@ -118,6 +172,7 @@ def differences(
         before: a placement for each layer.
         after: for as many layers.
         expert_bytes: weights of one expert of one layer.
+        relabelled: give the ranks and slots of ``after`` the names by which most experts stay (`lplb.relabel`).
 
     Returns:
         The report; bytes are ``None`` without ``expert_bytes``.
@@ -130,7 +185,7 @@ def differences(
     layers = []
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
         try:
-            found = change(old, new)
+            found = change(old, relabel(old, new) if relabelled else new)
         except ValueError as error:
             raise ValueError(f"layer {i}: {error}") from error
         copies = {str(expert): list(pair) for expert, pair in found.copies.items()}
@@ -144,7 +199,8 @@ def differences(
         "received": [sum(layer["received"][rank] for layer in layers) for rank in range(n_ranks)],
         "sent": [sum(layer["sent"][rank] for layer in layers) for rank in range(n_ranks)],
     }
-    return {"n_ranks": n_ranks, "slots": sum(one.n_physical for one in after), "total": total, "layers": layers}
+    slots = sum(one.n_physical for one in after)
+    return {"n_ranks": n_ranks, "slots": slots, "relabelled": relabelled, "total": total, "layers": layers}
 
 
 def shown(

@@ -18,15 +18,20 @@ _BAR = 12  # cells of the longest bar
 
 def placed_table(report: Mapping[str, Any]) -> RenderableType:
     """Return what placements are worth on their history, layer by layer; see `lplb.commands.placing.placed`."""
-    table = _table("layer", "even split", "LP", "bound")
+    moving = report["moves"] is not None
+    table = _table("layer", "even split", "LP", "bound", *["moves"] * moving)
     for layer in report["layers"]:
-        table.add_row(str(layer["layer"]), *_ratios(layer))
+        table.add_row(str(layer["layer"]), *_ratios(layer), *[str(layer["moves"])] * moving)
     if len(report["layers"]) > 1:
         table.add_section()
-        table.add_row("mean", *_ratios(report["mean"]), style="bold")
+        table.add_row("mean", *_ratios(report["mean"]), *[""] * moving, style="bold")
     sizes = f"{report['n_logical']} experts in {report['n_physical']} slots on {report['n_ranks']} ranks"
     note = f"busiest rank / mean, on the {report['batches']} batches that the placement was made from"
-    return Group(Text(f"{report['policy']}: {sizes}", "bold"), table, Text(note, "dim"))
+    lines: list[RenderableType] = [Text(f"{report['policy']}: {sizes}", "bold"), table, Text(note, "dim")]
+    if moving:
+        slots = report["n_physical"] * len(report["layers"])
+        lines.append(Text(f"{report['moves']} of {slots} slots are filled from another rank than in the current ones"))
+    return Group(*lines)
 
 
 def _table(*names: str) -> Table:
@@ -55,7 +60,8 @@ def difference_table(report: Mapping[str, Any]) -> RenderableType:
         table.add_row(*map(str, cells), *([_bytes(total["bytes"])] if sized else []), style="bold")
     headline = f"{total['moves']} of {report['slots']} slots are filled from another rank"
     note = "moves: slots filled from another rank; within: from one of the same rank"
-    return Group(Text(headline, "bold"), table, Text(note, "dim"))
+    renamed = [Text("of the second, ranks and slots are renamed so that most experts stay", "dim")]
+    return Group(Text(headline, "bold"), table, Text(note, "dim"), *(renamed if report["relabelled"] else []))
 
 
 def _bytes(number: int) -> str:

@@ -21,13 +21,26 @@ from lplb import files
 from lplb.arguments import whole_number
 from lplb.files import Kind, Numbers, Path, refuse
 
-__all__ = ["read_loads", "write_loads"]
+__all__ = ["read_loads", "with_equal_loads", "write_loads"]
 
 FirstAxis = Literal["layers", "batches"]
 
 _FORMAT, _VERSION = "lplb.loads", 1
 _STATS = "eplb_load_stats"  # vLLM's record_type
 _OLD_SGLANG = ["layer_id", "expert_id", "count"]
+_COLUMNS = {
+    "layer": "layer",
+    "layer_id": "layer",
+    "batch": "batch",
+    "step": "step",
+    "forward_pass_id": "step",
+    "expert": "expert",
+    "expert_id": "expert",
+    "count": "count",
+    "tokens": "count",
+    "load": "count",
+}
+"""Names of columns that are not experts, and what they are. Batches count from 0; steps may begin and leap anywhere."""
 _MOST_EXPERTS = 2**20  # by number: a table of single counts says nothing else of its size
 
 
@@ -54,8 +67,10 @@ def read_loads(
     - vLLM's expert load statistics, JSON by line.
     - A router trace (`lplb.trace`), a saved `lplb.history.LoadHistory`, and what `write_loads` writes.
     - An array ``[n_logical]``, ``[batches, n_logical]`` or ``[layers, batches, n_logical]`` in ``.npy``, in ``.npz``
-      (named ``loads``, or the only one), as lists in JSON, or as a table: CSV, or what `numpy.savetxt` writes; its
-      header may begin with ``layer`` and ``batch``.
+      (named ``loads``, or the only one), as lists in JSON, or as a table: CSV, or what `numpy.savetxt` writes. A header
+      names the experts by number, ``0,1,…`` or ``e0,e1,…``; before them may be ``layer`` and ``batch`` or ``step``.
+    - A table with a line for each expert: columns ``expert`` and ``count``, ``tokens`` or ``load``, and if there are
+      several ``layer`` and ``batch`` or ``step``. Experts that have no line have no tokens.
 
     Args:
         path: the file; or several, which follow each other in time, but for those that have one rank's counts each
@@ -66,7 +81,7 @@ def read_loads(
 
     Returns:
         int64, or float64 where averages were written, ``[layers, batches, n_logical]``; the caller's own. Layers that
-        are not recorded, as those without experts in SGLang's files, are zeros.
+        are not recorded, as those without experts in SGLang's files, are zeros; see `with_equal_loads`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -309,39 +324,90 @@ def _of_vllm(documents: Sequence[object], path: Path, n_logical: int | None) -> 
 
 
 def _of_table(path: Path, first_axis: FirstAxis | None, n_logical: int | None) -> _Recorded:
-    header, table = files.read_table(path)
+    header, table = files.read_table(path, numbered=True)
     if header is None:
         return _Recorded(_plain(_whole(table), path, first_axis))
     names = [name.lower() for name in header]
     if names == _OLD_SGLANG:
         return _of_old_sglang(table, path, n_logical)
-    unnamed = next((i for i, name in enumerate(names) if not name), None)
-    if unnamed is not None:
-        refuse(path, f"column {unnamed + 1} has no name in the header, allowed are layer, batch and experts")
-    keys = [name for name in names[:2] if name in ("layer", "batch")]
+    columns: dict[str, npt.NDArray[np.float64]] = {}
+    for i, name in enumerate(names):
+        if _COLUMNS.get(name, name) in columns:
+            refuse(path, f"column {i + 1} is {header[i][:40]!r} once more, allowed is once")
+        columns[_COLUMNS.get(name, name)] = table[:, i]
+    if "expert" in columns:
+        return _Recorded(_of_long_table(columns, path, n_logical))
+    keys = [name for name in names[:2] if _COLUMNS.get(name) in ("layer", "batch", "step")]
+    _check_experts(header, len(keys), path)
     counts = _whole(table[:, len(keys) :])
     if not keys:
         return _Recorded(_plain(counts, path, first_axis))
     files.checked_counts(counts, path)
-    return _Recorded(_sorted_rows({name: table[:, names.index(name)] for name in keys}, counts, path))
+    return _Recorded(_sorted_rows({_COLUMNS[name]: table[:, i] for i, name in enumerate(keys)}, counts, path))
 
 
-def _sorted_rows(keys: Mapping[str, npt.NDArray[np.float64]], counts: Numbers, path: Path) -> Numbers:
-    """Put lines with numbers of layers and batches into their order: every layer has the same batches."""
+def _check_experts(header: Sequence[str], first: int, path: Path) -> None:
+    """Refuse columns that are not experts 0, 1, … by their numbers, which may have one word before them all."""
+    named = header[first] if len(header) > first else ""
+    word = named[:-1] if named.endswith("0") else ""
+    for i in range(first, max(len(header), first + 1)):
+        name = header[i] if i < len(header) else None
+        if name != f"{word}{i - first}":
+            seen = "is missing" if name is None else f"is {name[:40]!r}" if name else "has no name in the header"
+            allowed = "layer, batch, step, and experts by number from 0 (with one word before it, or none)"
+            refuse(path, f"column {i + 1} {seen}, allowed is expert {word[:40]}{i - first}: columns are {allowed}")
+
+
+def _of_long_table(columns: Mapping[str, npt.NDArray[np.float64]], path: Path, n_logical: int | None) -> Numbers:
+    """Return loads of a table with a line for each expert that has some."""
+    odd = next((name for name in columns if name not in _COLUMNS.values()), None)
+    if odd is not None or "count" not in columns or {"batch", "step"} <= columns.keys():
+        allowed = "expert, count (or tokens, load), layer, and batch or step"
+        refuse(path, f"has columns {', '.join(map(repr, columns))[:120]}, allowed are {allowed}")
+    counts = files.checked_counts(_whole(columns["count"]), path)
+    keys = {name: column for name, column in columns.items() if name != "count"}
+    _check_numbers(keys, path)
+    nothing = np.zeros(len(counts))
+    layer, expert = (keys.get(name, nothing).astype(np.int64) for name in ("layer", "expert"))
+    batch = keys.get("batch", nothing).astype(np.int64)
+    if "step" in keys:
+        batch = np.unique(keys["step"], return_inverse=True)[1].ravel()
+    n_layers, n_batches, n = int(layer.max()) + 1, int(batch.max()) + 1, n_logical or int(expert.max()) + 1
+    if expert.max() >= n:
+        refuse(path, f"has expert {expert.max()}, allowed are 0 to {n - 1}")
+    _check_size(n_batches, n_layers, n, path)
+    place = (layer * n_batches + batch) * n + expert
+    found, times = np.unique(place, return_counts=True)
+    if times.max() > 1:
+        at = np.unravel_index(found[times.argmax()], (n_layers, n_batches, n))
+        refuse(path, f"has layer {at[0]}, batch {at[1]}, expert {at[2]} in {times.max()} lines, allowed is one")
+    loads = np.zeros(n_layers * n_batches * n, dtype=counts.dtype)
+    loads[place] = counts
+    return loads.reshape(n_layers, n_batches, n)
+
+
+def _check_numbers(keys: Mapping[str, npt.NDArray[np.float64]], path: Path) -> None:
     for name, column in keys.items():
         odd = ~((column >= 0) & (column < files.MOST_COUNT) & (column == np.floor(column)))
         if odd.any():
             refuse(path, f"{name} has {column[odd][0]}, allowed are whole numbers from 0")
+
+
+def _sorted_rows(keys: Mapping[str, npt.NDArray[np.float64]], counts: Numbers, path: Path) -> Numbers:
+    """Put lines with numbers of layers and batches into their order: every layer has the same batches."""
+    _check_numbers(keys, path)
     layer = keys.get("layer", np.zeros(len(counts)))
     found, batches = np.unique(layer, return_counts=True)
     if found[-1] != len(found) - 1 or batches.min() != batches.max():
         seen = f"layers {found[:8].astype(int).tolist()} have {batches[:8].tolist()} lines"
         refuse(path, f"{seen}, allowed are layers from 0 on with as many lines each")
-    batch = keys.get("batch", np.arange(len(counts)))
+    batch = keys.get("batch", keys.get("step", np.arange(len(counts))))
     order = np.lexsort((batch, layer))
     by_layer = batch[order].reshape(len(found), -1)
     if "batch" in keys and (by_layer != np.arange(by_layer.shape[1])).any():
         refuse(path, "batch is not 0 and on, once each, in every layer, which is allowed")
+    if "step" in keys and ((by_layer != by_layer[0]).any() or (np.diff(by_layer[0]) == 0).any()):
+        refuse(path, "has a step twice or in some layers only, allowed is once in every layer")
     return counts[order].reshape(*by_layer.shape, -1)
 
 
@@ -367,6 +433,26 @@ def _whole(table: npt.NDArray[np.float64]) -> Numbers:
     return table
 
 
+def with_equal_loads(loads: torch.Tensor | npt.NDArray[Any]) -> Numbers:
+    """Give all experts of a layer the same load if it has none, so that `lplb.place` has something to place.
+
+    Recordings have such layers: SGLang's begin with a model's dense ones, which have no experts to move.
+
+    Args:
+        loads: ``[layers, batches, n_logical]``, as `read_loads` and `lplb.history.LoadHistory.loads` return them; not
+            changed.
+
+    Returns:
+        A copy, int64 or float64, ones in the layers that are zero everywhere.
+
+    Raises:
+        ValueError: the shape, dtype or a value is not allowed.
+    """
+    array = _checked(loads)
+    array[~array.any(axis=(1, 2))] = 1
+    return array
+
+
 # Writing
 
 
@@ -382,12 +468,7 @@ def write_loads(path: Path, loads: torch.Tensor | npt.NDArray[Any]) -> None:
         OSError: the file cannot be written.
         ValueError: the suffix, the shape or a value is not allowed; nothing is written.
     """
-    if isinstance(loads, torch.Tensor):
-        loads = loads.detach().cpu()
-    array = files.numbers(loads, "loads")
-    if array.ndim != 3:
-        raise ValueError(f"loads has shape {list(array.shape)}, allowed is [layers, batches, n_logical]")
-    files.checked_counts(array, "loads")
+    array = _checked(loads)
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     out = io.BytesIO()
     if suffix == ".npz":
@@ -404,6 +485,14 @@ def write_loads(path: Path, loads: torch.Tensor | npt.NDArray[Any]) -> None:
     else:
         raise ValueError(f"path ends in {suffix!r}, allowed are .npz, .npy, .csv, .pt and .json")
     files.write_bytes(path, out.getvalue())
+
+
+def _checked(loads: object) -> Numbers:
+    """Return loads ``[layers, batches, n_logical]`` as a new int64 or float64 array."""
+    array = files.numbers(files.on_host(loads, "loads"), "loads")
+    if array.ndim != 3:
+        raise ValueError(f"loads has shape {list(array.shape)}, allowed is [layers, batches, n_logical]")
+    return files.checked_counts(array, "loads")
 
 
 def _as_csv(array: Numbers) -> str:

@@ -23,12 +23,13 @@ from lplb.arguments import seen, whole_number
 from lplb.files import Kind, Path, refuse
 from lplb.placement import Placement
 
-__all__ = ["Format", "Slots", "read_placements", "read_slots", "write_placements"]
+__all__ = ["Format", "Slots", "check_output", "read_placements", "read_slots", "write_placements"]
 
 Format = Literal["lplb", "sglang", "vllm", "vllm-ascend"]
 
 _ONE, _MANY, _VERSION = "lplb.placement", "lplb.placements", 1
 _MAPPING = "eplb_initial_mapping"  # vLLM's record_type
+_NO_SLOTS = ("", "layer", "layer_id", "index")  # a header's names of a column that is no slot
 _KEYS = ("physical_to_logical_map", "last_physical_to_logical_map", "phy2log")
 
 
@@ -67,7 +68,9 @@ def read_slots(path: Path) -> Slots:
             refuse(path, f"has {', '.join(names[:8])}, allowed are {', '.join(_KEYS)}, or a single array")
         return _plain(files.read_npz(path, [name])[0], f"{path}: {name}")
     if kind is Kind.TABLE:
-        table = files.read_table(path)[1]
+        header, table = files.read_table(path)
+        if header is not None and header[0].lower() in _NO_SLOTS:
+            refuse(path, f"column 1 is {header[0]!r}, allowed are slots only, a line for each layer in order")
         if not (np.abs(table) <= files.MOST_COUNT).all() or (table != np.floor(table)).any():
             refuse(path, "has numbers that are not whole, allowed are logical experts")
         return _plain(table.astype(np.int64), path)
@@ -211,42 +214,62 @@ def write_placements(path: Path, placements: Placement | Sequence[Placement], fo
     """Write placements for `read_placements`, or for a serving engine.
 
     Args:
-        path: the file.
+        path: the file, whose name ends in ``.json`` or ``.pt``.
         placements: one for all layers, or one for each.
         format: by default ``"sglang"`` for ``.pt``, else ``"lplb"``.
 
             - ``"lplb"``: JSON; one placement as `lplb.Placement.to_json`.
-            - ``"sglang"``: only ``physical_to_logical_map``, for ``--init-expert-location``; torch's format if ``path``
-              ends in ``.pt``, else JSON, whose name must end in ``.json`` there. SGLang wants a row for every
-              layer of the model, also for those without experts.
+            - ``"sglang"``: only ``physical_to_logical_map``, for ``--init-expert-location``; JSON, or torch's format if
+              ``path`` ends in ``.pt``. SGLang wants a row for every layer of the model, also for those without
+              experts.
             - ``"vllm"``: a list for each layer, JSON.
             - ``"vllm-ascend"``: JSON for ``expert_map_path``.
 
     Raises:
         TypeError: ``placements`` are none.
         OSError: the file cannot be written.
-        ValueError: ``format`` is not allowed, or cannot hold these; nothing is written.
+        ValueError: ``format`` or the suffix is not allowed, or the format cannot hold these; nothing is written.
     """
     single = isinstance(placements, Placement)
     layers = [placements] if isinstance(placements, Placement) else list(placements)
     odd = next((one for one in layers if not isinstance(one, Placement)), None)
     if odd is not None:
         raise TypeError(f"placements has {seen(odd)}, allowed are lplb.Placement")
-    torch_file = os.fspath(path).lower().endswith(".pt")
-    if format is None:
-        format = "sglang" if torch_file else "lplb"
-    if format not in get_args(Format):
-        raise ValueError(f"format is {format!r}, allowed are {', '.join(map(repr, get_args(Format)))}")
-    if torch_file and format != "sglang":
-        raise ValueError(f"format is {format!r}, allowed for {os.fspath(path)!r} is 'sglang': others are JSON")
+    format = check_output(path, format)
     _check_alike(layers, same_slots=format != "lplb")
-    if torch_file:
+    if _is_torch(path):
         out = io.BytesIO()
         torch.save({"physical_to_logical_map": torch.stack([one.phy2log for one in layers]).long()}, out)
         files.write_bytes(path, out.getvalue())
         return
     text = layers[0].to_json() if format == "lplb" and single else json.dumps(_document(layers, format))
     files.write_bytes(path, text.encode() + b"\n")
+
+
+def check_output(path: Path, format: Format | None = None) -> Format:
+    """Refuse a file that `write_placements` could not write, before there are placements.
+
+    Returns:
+        The format that it would have.
+
+    Raises:
+        OSError, ValueError: as `write_placements`.
+    """
+    if format is None:
+        format = "sglang" if _is_torch(path) else "lplb"
+    if format not in get_args(Format):
+        raise ValueError(f"format is {format!r}, allowed are {', '.join(map(repr, get_args(Format)))}")
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    if suffix not in (".json", ".pt"):
+        raise ValueError(f"path ends in {suffix!r}, allowed are .json and, for format 'sglang', .pt")
+    if suffix == ".pt" and format != "sglang":
+        raise ValueError(f"format is {format!r}, allowed for {os.fspath(path)!r} is 'sglang': others are .json")
+    files.check_folder(path)
+    return format
+
+
+def _is_torch(path: Path) -> bool:
+    return os.fspath(path).lower().endswith(".pt")
 
 
 def _check_alike(layers: Sequence[Placement], *, same_slots: bool) -> None:
