@@ -169,9 +169,11 @@ def test_what_nobody_asked_for_is_left_out(capsys):
     assert run(*scene, "--ranks", "5", "8", "--split", "even", "--json") == 0
     captured = capsys.readouterr()
     found = [(s["setting"]["n_ranks"], s["setting"]["policy"]) for s in json.loads(captured.out)["simulations"]]
-    rest = ["eplb", "eplb-distinct", "lp", "lp-change"]
+    rest = ["eplb", "eplb-distinct", "lp"]
     assert found == [(5, "none"), *((5, p) for p in rest), *((8, p) for p in rest)]
     assert "Without none on 8 ranks: 20 experts do not divide evenly there.\n" in captured.err
+    assert cli.main([*SMALL, *scene, "--policy", "lp-change", "--split", "even"]) == 1
+    assert "allowed is split 'lp'" in capsys.readouterr().err
     assert cli.main([*SMALL, *scene, "--policy", "none"]) == 1
     assert "n_physical is 20, allowed is a multiple of n_ranks = 8" in capsys.readouterr().err
 

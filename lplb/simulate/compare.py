@@ -34,7 +34,7 @@ class Configuration:
 
 def configurations(ranks: Sequence[int], policies: Sequence[str], splits: Sequence[str]) -> list[Configuration]:
     """Return every combination, in this order, each once; ``"none"`` has no choice of splits, and comes first;
-    ``"lp-change"``, which is for the LP, leaves out even splits beside it.
+    ``"lp-change"``, which is for the LP, has no even splits.
 
     Args:
         ranks: numbers of ranks.
@@ -48,7 +48,11 @@ def configurations(ranks: Sequence[int], policies: Sequence[str], splits: Sequen
     for n_ranks in ranks:
         wanted += [Configuration(n_ranks, "none", splits[0])] if "none" in policies else []
         pairs = [(p, split) for p in policies for split in splits if p != "none"]
-        wanted += [Configuration(n_ranks, *pair) for pair in pairs if pair != (CHANGE, "even") or "lp" not in splits]
+        wanted += [Configuration(n_ranks, *pair) for pair in pairs if pair != (CHANGE, "even")]
+    if not wanted:
+        raise ValueError(
+            f"policies is {list(policies)} with splits {list(splits)}, allowed is split 'lp', which it is for"
+        )
     return list(dict.fromkeys(wanted))
 
 
