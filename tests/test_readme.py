@@ -15,7 +15,7 @@ import numpy as np
 rng = np.random.default_rng(0)
 ep_group, n_layers, n_logical = None, 2, 256
 history = rng.poisson(100 * rng.lognormal(0, 0.8, n_logical), (16, n_logical))
-counts = rng.poisson(100, (n_layers, n_logical))
+batches = rng.poisson(100, (8, n_layers, n_logical))
 """,
     "simulate.md": "",
 }

@@ -50,7 +50,7 @@ def placed(
         current: placements in use, one for each layer or one for all: the new ones get the names of ranks and slots by
             which most experts stay where they are, and the report has the moves. Layers without loads stay.
         max_moves: do not place anew, but change ``current`` by at most so many moves in each layer, as
-            `lplb.plan_change` does; for ``policy="lp"``.
+            `lplb.plan_change` does, few batches taken for what loads will be; for ``policy="lp"``.
 
     Returns:
         The placements and the report. Its imbalances are means over batches, ``None`` for layers without loads; moves
@@ -106,7 +106,11 @@ def _following(
         # Experts keep to nodes where their groups can be dealt out to these; otherwise they go anywhere.
         nodes = n_nodes if settings["n_groups"] % n_nodes == 0 else 1
         limits: dict[str, Any] = {"max_moves": max_moves, "group_size": group_size, "n_nodes": nodes}
-        changes = plan_change(used, loads[loaded], fallback=settings["fallback"], **limits)
+        if settings["fallback"] != "lp":
+            raise ValueError(
+                f"fallback is {settings['fallback']!r} with max_moves, allowed is 'lp': moves are for the LP"
+            )
+        changes = plan_change(used, loads[loaded], steady=True, **limits)
         found = [one.placement for one in (changes if isinstance(changes, list) else [changes])]
     for i, one in zip(loaded, found, strict=True):
         placements[i] = one
