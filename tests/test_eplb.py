@@ -1,5 +1,6 @@
 """EPLB's placements against a naive reading of the algorithm and one in NumPy, and the spreading of doubled experts."""
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -345,6 +346,7 @@ except MemoryError:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS")
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="AddressSanitizer ends the process")
 @pytest.mark.parametrize("distinct", [0, 1])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_out_of_memory_is_an_exception(distinct, threads):
