@@ -42,10 +42,10 @@ def eplb_place(
     """EPLB and its kin; returns the most copies of any expert.
 
     ``rule``: 0 as published; 1 the same with at most as many copies of an expert as its node has GPUs; 2 no expert
-    twice on a GPU. ``sizes``: n_logical, n_slots, n_groups, n_nodes, n_gpus, as ``csrc/core/eplb.h`` allows them. ``arrays``: read are
-    float32 loads ``[layers, n_logical]`` and group loads ``[layers, n_groups]``, 0 where there are none or as many
-    groups as nodes; written are phy2log int64 ``[layers, n_slots]``, which of its expert's copies a slot is int32
-    ``[layers, n_slots]``, logcnt int64 ``[layers, n_logical]``.
+    twice on a GPU. ``sizes``: n_logical, n_slots, n_groups, n_nodes, n_gpus, as ``csrc/core/eplb.h`` allows them.
+    ``arrays``: read are float32 loads ``[layers, n_logical]`` and group loads ``[layers, n_groups]``, 0 where there are
+    none or as many groups as nodes; written are phy2log int64 ``[layers, n_slots]``, which of its expert's copies a
+    slot is int32 ``[layers, n_slots]``, logcnt int64 ``[layers, n_logical]``.
     """
 
 def eplb_log2phy(
