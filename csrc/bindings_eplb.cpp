@@ -13,10 +13,9 @@ lplb::cpu::Layers layers_at(int64_t n, const std::array<Address, 5>& a) {
   return {n, at<const float>(a[0]), at<const float>(a[1]), at<int64_t>(a[2]), at<int32_t>(a[3]), at<int64_t>(a[4])};
 }
 
-int64_t place(const std::array<int, 5>& sizes, int64_t n, const std::array<Address, 5>& arrays, bool distinct,
-              int threads) {
+int64_t place(const std::array<int, 5>& sizes, int64_t n, const std::array<Address, 5>& arrays, int rule, int threads) {
   py::gil_scoped_release release;
-  return lplb::cpu::place_layers(sizes_of(sizes), layers_at(n, arrays), distinct, threads);
+  return lplb::cpu::place_layers(sizes_of(sizes), layers_at(n, arrays), static_cast<lplb::eplb::Rule>(rule), threads);
 }
 
 void list_slots(const std::array<int, 5>& sizes, int64_t n, const std::array<Address, 5>& arrays, int64_t most_copies,
@@ -34,7 +33,7 @@ std::vector<bool> bottleneck_ranks(const std::vector<int32_t>& phy2log, int n_lo
 }  // namespace
 
 void add_eplb(py::module_& m) {
-  m.def("eplb_place", &place, py::arg("sizes"), py::arg("layers"), py::arg("arrays"), py::arg("distinct"),
+  m.def("eplb_place", &place, py::arg("sizes"), py::arg("layers"), py::arg("arrays"), py::arg("rule"),
         py::arg("threads"));
   m.def("eplb_log2phy", &list_slots, py::arg("sizes"), py::arg("layers"), py::arg("arrays"), py::arg("most_copies"),
         py::arg("log2phy"), py::arg("threads"));

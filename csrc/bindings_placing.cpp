@@ -16,11 +16,11 @@ void placement_optima(Address phy2log, int n_physical, int n_logical, int n_rank
 
 // geometry: n_logical, n_ranks, n_physical, n_parts, ranks_per_node
 void place_for_lp(std::array<int, 5> geometry, bool even, Address history, int64_t layers, int64_t batches,
-                  Address from, Address phy2log, int threads) {
+                  Address from, Address also, Address phy2log, int threads) {
   const lplb::cpu::Geometry g{geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], even};
   py::gil_scoped_release release;
-  lplb::cpu::place_for_lp(g, at<const double>(history), layers, batches, at<const double>(from), at<int32_t>(phy2log),
-                          threads);
+  lplb::cpu::place_for_lp(g, at<const double>(history), layers, batches, at<const double>(from),
+                          at<const int32_t>(also), at<int32_t>(phy2log), threads);
 }
 
 void likely_loads(Address history, int64_t batches, int n_logical, Address out) {
@@ -35,7 +35,7 @@ void add_placing(py::module_& m) {
         py::arg("n_ranks"), py::arg("group_size"), py::arg("loads"), py::arg("batch"), py::arg("out"),
         py::arg("threads"));
   m.def("place_for_lp", &place_for_lp, py::arg("geometry"), py::arg("even"), py::arg("history"), py::arg("layers"),
-        py::arg("batches"), py::arg("sent"), py::arg("phy2log"), py::arg("threads"));
+        py::arg("batches"), py::arg("sent"), py::arg("also"), py::arg("phy2log"), py::arg("threads"));
   m.def("likely_loads", &likely_loads, py::arg("history"), py::arg("batches"), py::arg("n_logical"), py::arg("out"));
   m.attr("scenarios") = lplb::placing::kLikely;
 }

@@ -37,14 +37,15 @@ def add(counter: int, bytes: int, value: int) -> None:
     """Add to one int32 or int64."""
 
 def eplb_place(
-    sizes: tuple[int, int, int, int, int], layers: int, arrays: Sequence[int], distinct: bool, threads: int
+    sizes: tuple[int, int, int, int, int], layers: int, arrays: Sequence[int], rule: int, threads: int
 ) -> int:
-    """EPLB, or with ``distinct`` its kin without an expert twice on a GPU; returns the most copies of any expert.
+    """EPLB and its kin; returns the most copies of any expert.
 
-    ``sizes``: n_logical, n_slots, n_groups, n_nodes, n_gpus, as ``csrc/core/eplb.h`` allows them. ``arrays``: read are
-    float32 loads ``[layers, n_logical]`` and group loads ``[layers, n_groups]``, 0 where there are none or as many
-    groups as nodes; written are phy2log int64 ``[layers, n_slots]``, which of its expert's copies a slot is int32
-    ``[layers, n_slots]``, logcnt int64 ``[layers, n_logical]``.
+    ``rule``: 0 as published; 1 the same with at most as many copies of an expert as its node has GPUs; 2 no expert
+    twice on a GPU. ``sizes``: n_logical, n_slots, n_groups, n_nodes, n_gpus, as ``csrc/core/eplb.h`` allows them.
+    ``arrays``: read are float32 loads ``[layers, n_logical]`` and group loads ``[layers, n_groups]``, 0 where there are
+    none or as many groups as nodes; written are phy2log int64 ``[layers, n_slots]``, which of its expert's copies a
+    slot is int32 ``[layers, n_slots]``, logcnt int64 ``[layers, n_logical]``.
     """
 
 def eplb_log2phy(
@@ -90,10 +91,13 @@ def place_for_lp(
     layers: int,
     batches: int,
     sent: int,
+    also: int,
     phy2log: int,
     threads: int,
 ) -> None:
     """Better int32 ``phy2log [layers, n_physical]`` for the LP over loads that are likely after ``history``.
+
+    ``also`` is another such placement, with the same experts in every part: the result is no worse than both.
 
     ``geometry``: n_logical, n_ranks, n_physical, n_parts, ranks per node; no expert has copies in two parts, which are
     equal runs of ranks, before and after. ``history``: float64 ``[layers, batches, n_logical]``; ``sent``, by each

@@ -6,6 +6,7 @@ of experts are packed on nodes before that, and every node is then a small case 
 ``csrc/core/eplb.h``; ``distinct`` placements come from ``csrc/core/eplb_distinct.h``.
 """
 
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,8 +55,9 @@ def rebalance_experts(
 
     With ``distinct`` an expert gets at most as many copies as there are GPUs (of its node, in the hierarchical mode); a
     copy goes to the lightest GPU that lacks the expert; then slots are exchanged between the busiest GPU and others of
-    its node while that lowers the maximum. On a GPU slots stand heaviest first. The busiest GPU carries less than the
-    published placement's nearly always; where it carries more, it is by little.
+    its node while that lowers the maximum. On a GPU slots stand heaviest first. The busiest GPU carries no more than
+    the published placement's wherever that has no expert twice on a GPU. Where it has, more is possible: on common
+    shapes in less than 1 % of layers, over very wide geometries in 1.4 %.
 
     Args:
         weight: load of each expert, for example tokens, ``[layers, n_logical]``: any real dtype but ``bool``,
@@ -81,14 +83,42 @@ def rebalance_experts(
             allowed.
     """
     loads = _checked_loads(weight, dims=2)
-    layers, n_logical = loads.shape
-    sizes = _checked_sizes(n_logical, num_replicas, num_groups, num_nodes, num_gpus, mode)
+    sizes = _checked_sizes(loads.shape[1], num_replicas, num_groups, num_nodes, num_gpus, mode)
     if not isinstance(distinct, bool):
         raise TypeError(f"distinct is {distinct!r}, allowed is a bool")
     if distinct:
         _check_room_for_distinct(sizes)
     threads = whole_number("threads", threads, 1, _MOST_THREADS)
 
+    return _placed(loads, sizes, _Rule.DISTINCT if distinct else _Rule.PUBLISHED, threads)
+
+
+def rebalance_capped(
+    weight: torch.Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, *, mode: str, threads: int
+) -> torch.Tensor:
+    """The published placement, but no expert has more copies than there are GPUs (of its node): its ``phy2log``.
+
+    As published where that has no more. Copies may still be twice on a GPU; `spread_copies` moves them.
+    """
+    loads = _checked_loads(weight, dims=2)
+    sizes = _checked_sizes(loads.shape[1], num_replicas, num_groups, num_nodes, num_gpus, mode)
+    _check_room_for_distinct(sizes)
+    return _placed(loads, sizes, _Rule.CAPPED, whole_number("threads", threads, 1, _MOST_THREADS))[0]
+
+
+class _Rule(IntEnum):
+    """As in ``csrc/core/eplb.h``."""
+
+    PUBLISHED = 0
+    CAPPED = 1
+    DISTINCT = 2
+
+
+def _placed(
+    loads: torch.Tensor, sizes: "_Sizes", rule: _Rule, threads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """phy2log, log2phy and logcnt of `rebalance_experts`."""
+    layers, n_logical = loads.shape
     group_loads = None
     if 1 < sizes.n_groups != sizes.n_nodes:
         # torch's own sum: another order of additions could round differently, and so pack differently.
@@ -104,7 +134,7 @@ def rebalance_experts(
         copy.data_ptr(),
         logcnt.data_ptr(),
     )
-    most_copies = _C.eplb_place(sizes, layers, arrays, distinct, threads)
+    most_copies = _C.eplb_place(sizes, layers, arrays, rule, threads)
     log2phy = torch.empty(layers, n_logical, most_copies, dtype=torch.int64, device="cpu")
     _C.eplb_log2phy(sizes, layers, arrays, most_copies, log2phy.data_ptr(), threads)
     return phy2log, log2phy, logcnt

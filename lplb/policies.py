@@ -15,7 +15,7 @@ import torch
 
 from lplb import _C
 from lplb.arguments import check_divides, checked_group_size, seen, whole_number
-from lplb.eplb import rebalance_experts, spread_copies
+from lplb.eplb import rebalance_capped, rebalance_experts, spread_copies
 from lplb.placement import Placement
 
 __all__ = ["FALLBACKS", "POLICIES", "imbalance", "likely_loads", "optima", "place"]
@@ -24,7 +24,7 @@ POLICIES = ("lp", "eplb", "eplb-distinct")
 FALLBACKS = ("lp", "even")
 
 _MOST_LOAD = 1e30  # of one expert: sums stay finite
-_LEAST_SHARE = 1e-6  # of the mean load
+_LEAST_SUM = 1e-200  # of loads, where not 0: no subnormal number comes near
 _MOST_THREADS = 1024
 
 _Floats = npt.NDArray[np.float64]
@@ -51,12 +51,14 @@ def place(
             n_logical]``; or ``[layers, batches, n_logical]``. Two dimensions are always batches of one layer: the means
             of several layers, as `lplb.history.LoadHistory.mean` returns them, are ``history.mean()[:, None]``. A
             tensor on any device, an array, or nested sequences; any real dtype but ``bool``; finite, not negative, not
-            all zero in a layer (`lplb.formats.with_equal_loads` fills such layers).
+            all zero in a layer (`lplb.formats.with_equal_loads` fills such layers); a batch adds up to 0, or 1e-200 or
+            more.
         n_ranks: number of ranks.
         n_physical: number of slots on all ranks; a multiple of ``n_ranks``, at least ``n_logical``, and at most
             ``n_logical * n_ranks``, as no rank holds an expert twice.
-        policy: ``"lp"`` minimises the LP's optimum over likely loads. ``"eplb"`` is DeepSeek's EPLB, with copies that
-            it puts twice on one rank exchanged away. ``"eplb-distinct"`` is the same idea, never twice to begin with.
+        policy: ``"lp"`` minimises the LP's optimum over `likely_loads`, and is no worse there than the other two.
+            ``"eplb"`` is DeepSeek's EPLB, without copies of an expert beyond one on each rank, and with copies that it
+            puts twice on one rank exchanged away. ``"eplb-distinct"`` is the same idea, never twice to begin with.
         group_size: how many consecutive ranks balance among themselves: every expert stays in one such group. All
             ranks by default.
         n_groups: number of groups of experts that node-limited routing knows, consecutive experts each.
@@ -89,7 +91,8 @@ def place(
     weight /= weight.sum(dim=1, keepdim=True)  # nothing overflows float32
     phy2log = _eplb(weight, sizes, distinct=policy != "eplb", threads=threads)
     if policy == "lp":
-        phy2log = _better_for_lp(phy2log, layers, sent, sizes, fallback == "even", threads)
+        spread = _eplb(weight, sizes, distinct=False, threads=threads)
+        phy2log = _better_for_lp((phy2log, spread), layers, sent, sizes, fallback == "even", threads)
     placed = [Placement(row, sizes.n_ranks, sizes.n_logical) for row in phy2log]
     return placed if many else placed[0]
 
@@ -150,7 +153,7 @@ def optima(
         )
     group_size = checked_group_size(placement.n_ranks, group_size)
     placement.check_groups(group_size)
-    threads = whole_number("threads", threads, 1)
+    threads = whole_number("threads", threads, 1, _MOST_THREADS)
     batch = np.atleast_2d(rows)
     out = np.empty((len(batch), placement.n_ranks // group_size))
     _C.placement_optima(
@@ -232,15 +235,9 @@ def _eplb(weight: torch.Tensor, sizes: _Sizes, *, distinct: bool, threads: int) 
     mode = "hierarchical" if shape[1] > 1 else "global"
     if distinct:
         return rebalance_experts(weight, sizes.n_physical, *shape, mode=mode, distinct=True, threads=threads)[0]
-    most = sizes.n_ranks // shape[1]
-    while True:
-        phy2log, _, count = rebalance_experts(weight, sizes.n_physical, *shape, mode=mode, threads=threads)
-        if int(count.max()) <= most:
-            break
-        # More copies than ranks are no use: the expert's load is lowered until it wants one on each.
-        lowered = torch.where(count > most, weight * (most / (count + 1)), weight)
-        weight = lowered.clamp_min(_LEAST_SHARE / sizes.n_logical)  # an idle expert must be able to take the slot
+    phy2log = rebalance_capped(weight, sizes.n_physical, *shape, mode=mode, threads=threads)
     rows = phy2log.view(layers * shape[1], -1)
+    most = sizes.n_ranks // shape[1]
     return spread_copies(rows, most, weight.repeat_interleave(shape[1], dim=0)).view(layers, -1)
 
 
@@ -254,15 +251,29 @@ def _experts_by_node(weight: torch.Tensor, sizes: _Sizes) -> torch.Tensor:
 
 
 def _better_for_lp(
-    given: torch.Tensor, layers: _Floats, sent: _Floats, sizes: _Sizes, even: bool, threads: int
+    given: tuple[torch.Tensor, torch.Tensor],
+    layers: _Floats,
+    sent: _Floats,
+    sizes: _Sizes,
+    even: bool,
+    threads: int,
 ) -> torch.Tensor:
-    """For each layer a placement with the parts of the given one, or the given one where none is better."""
-    phy2log = given.to(torch.int32).contiguous()
+    """For each layer a placement with the parts of the given ones, or the better of these where no other is better."""
+    phy2log, also = (placed.to(torch.int32).contiguous() for placed in given)
     n_parts = sizes.n_nodes * sizes.parts_per_node
     geometry = sizes.n_logical, sizes.n_ranks, sizes.n_physical, n_parts, sizes.ranks_per_node
     n_layers, batches, _ = layers.shape
-    out = phy2log.data_ptr()
-    _C.place_for_lp(geometry, even, layers.ctypes.data, n_layers, batches, sent.ctypes.data, out, threads)
+    _C.place_for_lp(
+        geometry,
+        even,
+        layers.ctypes.data,
+        n_layers,
+        batches,
+        sent.ctypes.data,
+        also.data_ptr(),
+        phy2log.data_ptr(),
+        threads,
+    )
     return phy2log
 
 
@@ -270,7 +281,7 @@ def _better_for_lp(
 
 
 def _checked_loads(name: str, loads: object) -> _Floats:
-    """Loads as contiguous float64 of any shape, finite and not negative."""
+    """Loads as contiguous float64 of any shape, finite and not negative, no row all but 0."""
     if isinstance(loads, torch.Tensor):
         if loads.dtype.is_complex or loads.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {loads.dtype}, allowed is a real dtype")
@@ -293,6 +304,11 @@ def _checked_loads(name: str, loads: object) -> _Floats:
     if odd.any():
         index = np.argwhere(odd)[0].tolist()
         raise ValueError(f"{name}{index} is {values[tuple(index)]}, allowed are 0 to {_MOST_LOAD}")
+    sums = np.atleast_1d(values).sum(axis=-1)
+    tiny = (sums > 0) & (sums < _LEAST_SUM)
+    if tiny.any():
+        index = np.argwhere(tiny)[0].tolist() if values.ndim > 1 else ""
+        raise ValueError(f"{name}{index} adds up to {sums[tiny][0]}, allowed is 0, or {_LEAST_SUM} or more")
     return np.ascontiguousarray(values)
 
 

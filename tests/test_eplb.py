@@ -1,5 +1,8 @@
 """EPLB's placements against a naive reading of the algorithm and one in NumPy, and the spreading of doubled experts."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -322,6 +325,40 @@ def test_sizes_are_ints(name, value):
     sizes = dict(zip(("num_replicas", "num_groups", "num_nodes", "num_gpus"), README_SIZES, strict=True))
     with pytest.raises(TypeError, match=f"{name} is {value}, allowed is an int"):
         rebalance_experts(torch.tensor(README_WEIGHT), **{**sizes, name: value})
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch
+from lplb.eplb import rebalance_experts
+distinct, threads, layers, slots = (int(word) for word in sys.argv[1:])
+weight = torch.ones(layers, 60)
+sizes = slots, 1, 1, slots // 50
+rebalance_experts(weight, 100, 1, 1, 2, distinct=bool(distinct), threads=threads)  # starts the threads
+results = layers * slots * 12  # bytes of phy2log and the copies' numbers, which fit
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + results + slots * 4
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    rebalance_experts(weight, *sizes, distinct=bool(distinct), threads=threads)
+except MemoryError:
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS")
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="AddressSanitizer ends the process")
+@pytest.mark.parametrize("distinct", [0, 1])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_out_of_memory_is_an_exception(distinct, threads):
+    arguments = [str(n) for n in (distinct, threads, threads, 20_000_000)]
+    ran = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, *arguments], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "refused\n"), ran.stderr
+
+
+@pytest.mark.parametrize("threads", [1025, 100000])
+def test_threads_have_a_limit(threads):
+    with pytest.raises(ValueError, match=f"threads is {threads}, allowed is 1 to 1024"):
+        rebalance_experts(torch.tensor(README_WEIGHT), *README_SIZES, threads=threads)
 
 
 def test_global_policy_ignores_groups_and_nodes():

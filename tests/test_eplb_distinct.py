@@ -83,11 +83,17 @@ def test_valid_for_every_geometry(case):
 
 @pytest.mark.parametrize(
     ("n_logical", "sizes"),
-    [(256, (288, 8, 4, 32)), (256, (320, 8, 8, 64)), (1024, (1280, 1, 1, 320)), (64, (512, 1, 1, 64))],
+    [
+        (256, (288, 8, 4, 32)),
+        (256, (320, 8, 8, 64)),
+        (1024, (1280, 1, 1, 320)),
+        (64, (512, 1, 1, 64)),
+        (128, (1152, 1, 1, 128)),
+    ],
 )
 def test_valid_at_size(n_logical, sizes):
     rng = np.random.default_rng(2)
-    weight = torch.from_numpy(rng.lognormal(0, 1.5, (5, n_logical)))
+    weight = torch.from_numpy(rng.lognormal(0, [[1.5], [1.5], [1.5], [1.5], [3]], (5, n_logical)))
     check(weight, sizes)
     placed = rebalance_experts(weight, *sizes, distinct=True)
     for threads in (1, 2, 3):
@@ -156,6 +162,16 @@ def test_never_worse_than_published_without_doubles(case):
     assume(all(len(set(gpu)) == len(gpu) for gpu in published.reshape(sizes[3], -1).tolist()))
     placed = rebalance_experts(torch.from_numpy(weight), *sizes, distinct=True)[0]
     assert imbalance(weight, placed, sizes[3])[0] <= imbalance(weight, published, sizes[3])[0] * (1 + 1e-6)
+
+
+def test_nearly_level_where_the_effort_ends():
+    """Few experts with nearly all load, on many GPUs."""
+    weight = np.random.default_rng(1).lognormal(0, 3, (20, 128)).astype(np.float32).astype(np.float64)
+    published, _, count = rebalance_reference(torch.from_numpy(weight), 1152, 1, 1, 128)
+    assert (count.max(axis=1) > 128).all()
+    placed = rebalance_experts(torch.from_numpy(weight), 1152, 1, 1, 128, distinct=True)[0]
+    assert (imbalance(weight, placed, 128) < imbalance(weight, published, 128)).all()
+    assert imbalance(weight, placed, 128).mean() < 1.03
 
 
 def test_an_exchange_levels_what_longest_first_left():

@@ -12,10 +12,13 @@ README = ROOT / "README.md"
 GIVEN = {
     "placement.md": """
 import numpy as np
+import torch
 rng = np.random.default_rng(0)
 ep_group, n_layers, n_logical = None, 2, 256
 history = rng.poisson(100 * rng.lognormal(0, 0.8, n_logical), (16, n_logical))
 batches = rng.poisson(100, (8, n_layers, n_logical))
+recorded = {"logical_count": torch.from_numpy(batches), "rank": 0}
+torch.save(recorded, "expert_distribution_recorder_1.pt")
 """,
     "simulate.md": "",
 }

@@ -20,6 +20,10 @@ struct Sizes {
   int group_size() const { return n_logical / n_groups; }
 };
 
+// How copies are made and packed: as published; the same, but an expert has no more copies than its node has GPUs; or
+// never twice on a GPU (eplb_distinct.h). The last two need n_slots ≤ n_gpus times the experts of any node.
+enum class Rule { kPublished, kCapped, kDistinct };
+
 // One layer's result: expert of each slot [n_slots], which of its expert's copies a slot is [n_slots], number of copies
 // [n_logical].
 struct Layer {
@@ -177,10 +181,12 @@ class Nodes {
   Packer packer_;
 };
 
-// The published algorithm, layer after layer in the same memory.
+// The published algorithm, capped or not, layer after layer in the same memory.
 class Published {
  public:
-  explicit Published(const Sizes& sizes) : sizes_(sizes) {}
+  Published(const Sizes& sizes, bool capped) : sizes_(sizes) {
+    if (capped) most_.assign(sizes.n_logical, sizes.gpus_per_node());
+  }
 
   // loads [n_logical] and group_load [n_groups]: finite, 0 or more.
   void place(const float* loads, const float* group_load, const Layer& out) {
@@ -190,7 +196,7 @@ class Published {
     nodes_.pack(sizes_, group_load);
     for (int node = 0, first = 0; node < sizes_.n_nodes; ++node, first += n_slots) {
       const int32_t* experts = nodes_.experts(node);
-      copies_.replicate(nodes_.size(node), n_slots, nullptr, loads, experts);
+      copies_.replicate(nodes_.size(node), n_slots, most_.empty() ? nullptr : most_.data(), loads, experts);
       packer_.pack(n_slots, n_gpus, copies_.slot_load.data(), packed_.data(), begin_.data());
       for (int s = 0; s < n_slots; ++s) {
         out.phy2log[first + s] = experts[copies_.expert[packed_[s]]];
@@ -206,6 +212,7 @@ class Published {
   Copies copies_;
   Packer packer_;
   std::vector<int32_t> packed_, begin_;
+  std::vector<int32_t> most_;  // copies of each expert, in any node; empty: any number
 };
 
 }  // namespace lplb::eplb

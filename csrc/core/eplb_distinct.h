@@ -41,8 +41,9 @@ class Node {
 
   // Copies and where they go. Returns whether that is as published.
   bool deal();
-  // Lowers the busiest GPU by exchanges until it has at most `enough`, or none lowers it.
-  void level_out(double enough);
+  // Lowers the busiest GPU by exchanges until it has at most `enough`, none lowers it, or no effort is left: looking
+  // for an exchange with one GPU takes 1.
+  void level_out(double enough, int64_t& effort);
 
   int n_experts() const { return n_; }
   int expert(int e) const { return which_[e]; }
@@ -230,11 +231,11 @@ inline void Node::find_exchange(int a, int b, Exchange& best) const {
   }
 }
 
-inline void Node::level_out(double enough) {
+inline void Node::level_out(double enough, int64_t& effort) {
   constexpr double kWorthwhile = 1.0 - 1e-7;  // an exchange brings the busier of two GPUs below this share
   constexpr double kContent = 0.2;            // one that makes up for so much of what is too much is taken at once
   const int most = 16 * n_gpus_;              // exchanges; more than have been seen
-  for (int k = 0; k < most; ++k) {
+  for (int k = 0; k < most && effort > 0; ++k) {
     const int a = busiest();
     if (load_[a] <= enough) return;
     const double content = (1.0 - kContent) * load_[a] + kContent * enough;
@@ -242,7 +243,10 @@ inline void Node::level_out(double enough) {
     best.level = load_[a] * kWorthwhile;
     int b = lightest();
     for (int tried = 0; tried < n_gpus_ && (best.b < 0 || best.level > content); ++tried) {
-      if (0.5 * (load_[a] + load_[b]) < best.level) find_exchange(a, b, best);
+      if (0.5 * (load_[a] + load_[b]) < best.level) {
+        find_exchange(a, b, best);
+        --effort;
+      }
       if (++b == n_gpus_) b = 0;
     }
     if (best.b < 0) return;
@@ -276,30 +280,36 @@ class Distinct {
   static constexpr double kEnough = 1.002, kGood = 1.01;
   // Of a walk over copy counts; where the published placement has a lower maximum, which may have an expert twice.
   static constexpr int kSteps = 2, kStepsBehind = 12;
+  static constexpr int kEffort = 1 << 15, kEffortPerSlot = 32;
 
-  // The busiest node is worked on until it is no longer busiest or nothing helps.
+  // What a layer may take: as Node::level_out counts, and as much as it has slots for copies to be dealt once more.
+  // Common shapes end before that; few experts with nearly all load, on 128 GPUs, would go on fifty times as long.
+  int64_t effort() const { return std::max<int64_t>(kEffort, int64_t{kEffortPerSlot} * sizes_.n_slots); }
+
+  // The busiest node is worked on until it is no longer busiest, nothing helps, or no effort is left.
   void improve(double enough, double published) {
-    for (;;) {
+    int64_t effort = this->effort();
+    while (effort > 0) {
       int n = 0;
       for (int k = 1; k < sizes_.n_nodes; ++k)
         if (node_[k].level() > node_[n].level()) n = k;
       const double before = node_[n].level();
-      node_[n].level_out(enough);
+      node_[n].level_out(enough, effort);
       if (node_[n].level() < before) continue;
       if (before <= enough || (before <= published && before < kGood * enough)) return;
       if (before <= published)
-        recount(node_[n], enough, enough, kSteps);
+        recount(node_[n], enough, enough, kSteps, effort);
       else
-        recount(node_[n], enough, published, kStepsBehind);
+        recount(node_[n], enough, published, kStepsBehind, effort);
       if (!(node_[n].level() < before)) return;
     }
   }
 
   // A walk over copy counts: at each step one expert of the busiest GPU must do with a copy less; of these the least
   // bad is gone on from, the best of all is kept. Ends where the node has at most `goal`.
-  void recount(Node& node, double enough, double goal, int steps) {
+  void recount(Node& node, double enough, double goal, int steps, int64_t& effort) {
     walk_ = node;
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps && effort > 0; ++step) {
       const int a = walk_.busiest();
       bool any = false;
       for (int i = 0; i < std::min(sizes_.slots_per_gpu(), 4); ++i) {
@@ -307,7 +317,8 @@ class Distinct {
         if (walk_.count(e) < 2) continue;
         if (!trial_.start_with_fewer(walk_, e)) continue;
         trial_.deal();
-        trial_.level_out(enough);
+        effort -= sizes_.slots_per_node();
+        trial_.level_out(enough, effort);
         if (any && !(trial_.level() < next_.level())) continue;
         std::swap(next_, trial_);
         any = true;

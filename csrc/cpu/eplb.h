@@ -16,8 +16,8 @@ struct Layers {
   int64_t* count;                    // [n, n_logical]
 };
 
-// distinct: no expert twice on a GPU. Returns the largest number of copies of any expert.
-int64_t place_layers(const eplb::Sizes& sizes, const Layers& layers, bool distinct, int threads);
+// Returns the largest number of copies of any expert.
+int64_t place_layers(const eplb::Sizes& sizes, const Layers& layers, eplb::Rule rule, int threads);
 
 // Writes log2phy [n, n_logical, most_copies]: the slots of each expert in the order of their copies, padded with -1.
 void list_slots(const eplb::Sizes& sizes, const Layers& layers, int64_t most_copies, int64_t* log2phy, int threads);

@@ -5,6 +5,7 @@
 #include "../core/construct.h"
 #include "../core/likely_loads.h"
 #include "../core/settle.h"
+#include "share_out.h"
 
 namespace lplb::cpu {
 
@@ -31,7 +32,8 @@ constexpr int kChunk = 48;          // scenarios between one look at the sum and
 static_assert(kScenarios % kChunk == 0 && kChunk % placing::kStressEvery == 0);
 constexpr double kRounding = 1e-6;            // of a scenario's sum, at most, is lost in fixed point
 constexpr double kOne = 1099511627776.0;      // 2^40: tokens of a scenario, in fixed point
-constexpr double kStressWeight = 1.0 / 1024;  // decides where all likely loads can be levelled out
+constexpr double kStressWeight = 1.0 / 1024;  // decides between recipes where all likely loads can be levelled out
+constexpr double kTie = 1e-9;                 // of a sum of costs
 constexpr double kSpreads = 2.0;              // standard deviations above its mean that an expert is packed with
 
 }  // namespace
@@ -65,17 +67,13 @@ double to_fixed_point(const double* loads, int n, int64_t* out) {
 void placement_optima(const int32_t* phy2log, int n_physical, int n_logical, int n_ranks, int group_size,
                       const double* loads, int64_t batch, double* out, int threads) {
   const Scorer scorer({phy2log, phy2log + n_physical}, n_logical, n_ranks, group_size);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Scratch scratch;
-    std::vector<int64_t> fixed(n_logical);
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < batch; ++b) {
+  share_out(batch, threads, [&] {
+    return [&, scratch = Scratch(), fixed = std::vector<int64_t>(n_logical)](int64_t b) mutable {
       const double scale = to_fixed_point(loads + b * n_logical, n_logical, fixed.data());
       for (int g = 0; g < scorer.n_groups(); ++g)
         out[b * scorer.n_groups() + g] = scorer.optimum(g, fixed.data(), scratch) / scale;
-    }
-  }
+    };
+  });
 }
 
 namespace {
@@ -103,12 +101,13 @@ struct Costs {
     for (size_t s = 0; s < lp.size(); ++s) lp[s] = std::max(lp[s], other.lp[s]);
     for (size_t s = 0; s < even.size(); ++s) even[s] = std::max(even[s], other.even[s]);
   }
-  double sum() const {
+  double sum(bool stress) const {
     double sum = 0.0;
     for (size_t s = 0; s < lp.size(); ++s)
-      sum += (placing::is_stress(s) ? kStressWeight : 1.0) * (lp[s] + (even.empty() ? 0.0 : even[s]));
+      if (placing::is_stress(s) == stress) sum += lp[s] + (even.empty() ? 0.0 : even[s]);
     return sum;
   }
+  double sum() const { return sum(false) + kStressWeight * sum(true); }
 };
 
 // A placement of some experts on some ranks in a race.
@@ -257,32 +256,42 @@ Candidate place_part(const Geometry& m, const placing::Outlook& outlook, const D
   return best_of(c, loads.data(), m.even, scratch);
 }
 
-void place_layer(const Geometry& m, const placing::Outlook& outlook, const Deviations& z, int32_t* phy2log,
-                 Scratch& scratch) {
-  const Draws draws = draw_loads(m, outlook, z);
-  const int n_slots = m.n_physical / m.n_parts;
-  std::vector<int32_t> placed;
+// A layer's placement so far.
+struct Leader {
+  std::vector<int32_t> slots;
   Costs costs;
+};
+
+// Every part by itself, on the experts that `given` has there.
+Leader build_layer(const Geometry& m, const placing::Outlook& outlook, const Draws& draws, const int32_t* given,
+                   Scratch& scratch) {
+  const int n_slots = m.n_physical / m.n_parts;
+  Leader built;
   for (int p = 0; p < m.n_parts; ++p) {
-    const std::vector<int32_t> experts = experts_of(phy2log + p * n_slots, n_slots);
+    const std::vector<int32_t> experts = experts_of(given + p * n_slots, n_slots);
     const Candidate best = place_part(m, outlook, draws, experts, scratch);
-    for (const int32_t e : best.slots()) placed.push_back(experts[e]);
+    for (const int32_t e : best.slots()) built.slots.push_back(experts[e]);
     if (p == 0)
-      costs = best.costs();
+      built.costs = best.costs();
     else
-      costs.join(best.costs());
+      built.costs.join(best.costs());
   }
-  const double found = costs.sum();
+  return built;
+}
+
+// A given placement leads where likely loads cost less on it, or as much and those of stress less.
+void race(const Geometry& m, const Draws& draws, const int32_t* given, Leader& leader, Scratch& scratch) {
+  Candidate candidate({}, {given, given + m.n_physical}, m.n_logical, m.n_ranks, m.n_ranks / m.n_parts, m.even);
   const double least = (m.even ? 2.0 : 1.0) * kOne / m.n_ranks * (1.0 - kRounding);  // the mean, in every split
-  Candidate given({}, {phy2log, phy2log + m.n_physical}, m.n_logical, m.n_ranks, m.n_ranks / m.n_parts, m.even);
+  const double likely = leader.costs.sum(false);
   int left = placing::kLikely;
   for (int end = kChunk; end <= kScenarios; end += kChunk) {
-    given.run(draws.scenarios.data(), end, scratch);
+    candidate.run(draws.scenarios.data(), end, scratch);
     left -= kChunk - kChunk / placing::kStressEvery;
-    if (given.sum() + left * least < found) continue;  // it may win yet, and has at the end
-    std::copy(placed.begin(), placed.end(), phy2log);
-    return;
+    if (candidate.costs().sum(false) + left * least > likely * (1.0 + kTie)) return;
   }
+  if (candidate.costs().sum(false) < likely * (1.0 - kTie) || candidate.costs().sum(true) < leader.costs.sum(true))
+    leader = {candidate.slots(), candidate.costs()};
 }
 
 // Puts the ranks of every part on nodes.
@@ -305,19 +314,22 @@ void settle_on_nodes(const Geometry& m, const double* from, int32_t* phy2log) {
 }  // namespace
 
 void place_for_lp(const Geometry& m, const double* history, int64_t layers, int64_t batches, const double* from,
-                  int32_t* phy2log, int threads) {
+                  const int32_t* also, int32_t* phy2log, int threads) {
   const int64_t sent = static_cast<int64_t>(m.n_ranks / m.ranks_per_node) * m.n_logical;
   const Deviations z(m.n_logical);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Scratch scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t layer = 0; layer < layers; ++layer) {
+  share_out(layers, threads, [&] {
+    return [&, scratch = Scratch()](int64_t layer) mutable {
       const placing::Outlook outlook(history + layer * batches * m.n_logical, batches, m.n_logical);
-      place_layer(m, outlook, z, phy2log + layer * m.n_physical, scratch);
-      settle_on_nodes(m, from + layer * sent, phy2log + layer * m.n_physical);
-    }
-  }
+      const Draws draws = draw_loads(m, outlook, z);
+      const int32_t* other = also + layer * m.n_physical;
+      int32_t* placed = phy2log + layer * m.n_physical;
+      Leader leader = build_layer(m, outlook, draws, placed, scratch);
+      race(m, draws, placed, leader, scratch);
+      if (!std::equal(other, other + m.n_physical, placed)) race(m, draws, other, leader, scratch);
+      std::copy(leader.slots.begin(), leader.slots.end(), placed);
+      settle_on_nodes(m, from + layer * sent, placed);
+    };
+  });
 }
 
 void likely_loads(const double* history, int64_t batches, int n_logical, double* out) {

@@ -50,11 +50,12 @@ struct Geometry {
   bool even;  // batches may be split evenly instead: no hubs, and even splits count as much as the LP's
 };
 
-// phy2log [layers, n_physical] holds a placement for each layer, which says what experts are in what part, and is kept
-// where nothing better is found for history [layers, batches, n_logical]. Where a part is made of several nodes, its
-// ranks are put on nodes by from [layers, n_nodes, n_logical], the loads that each sends.
+// phy2log [layers, n_physical] holds a placement for each layer, which says what experts are in what part; `also`
+// another with the same parts. The better of the two is kept where nothing better is found for history [layers,
+// batches, n_logical]. Where a part is made of several nodes, its ranks are put on nodes by from [layers, n_nodes,
+// n_logical], the loads that each sends.
 void place_for_lp(const Geometry& geometry, const double* history, int64_t layers, int64_t batches, const double* from,
-                  int32_t* phy2log, int threads);
+                  const int32_t* also, int32_t* phy2log, int threads);
 
 // The loads [kScenarios, n_logical] on which a layer's placements are compared, each adding up to 1.
 void likely_loads(const double* history, int64_t batches, int n_logical, double* out);
