@@ -38,7 +38,7 @@ class Row:
         """Whether the bar is met; None without one."""
         if self.bar is None:
             return None
-        return self.value >= self.bar if self.bar_is == ">=" else self.value <= self.bar
+        return bool(self.value >= self.bar if self.bar_is == ">=" else self.value <= self.bar)
 
 
 def machine() -> dict[str, str]:
