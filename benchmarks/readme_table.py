@@ -14,7 +14,8 @@ def markdown(result: dict, source: str) -> str:  # type: ignore[type-arg]
     for row in result["rows"]:
         if row["bar"] is None:
             continue
-        value = f"{row['value']:.3g}" if isinstance(row["value"], float) else str(row["value"])
+        digits = 4 if row["unit"] == "×" else 3
+        value = f"{row['value']:.{digits}g}" if isinstance(row["value"], float) else str(row["value"])
         sign = {">=": "≥", "<=": "≤"}[row["bar_is"]]
         missed = "" if row["met"] else " **missed**"
         lines.append(f"| {row['name']} | {value} {row['unit']}{missed} | {sign} {row['bar']:g} | {row['peer']} |")
