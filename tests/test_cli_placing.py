@@ -186,6 +186,10 @@ def test_place_layers_without_tokens(run, tmp_path):
     assert sorted(report["layers"][0]["phy2log"]) == list(range(12))
     assert report["mean"]["even"] == pytest.approx(np.mean([layer["even"] for layer in report["layers"][1:]]))
     assert "-" in run(*common)[1]
+    np.save(tmp_path / "idle.npy", np.zeros((3, 12)))
+    status, text, error = run("place", "--load", tmp_path / "idle.npy", *common[3:])
+    assert (status, text) == (1, "")
+    assert error == "lplb place: loads are 0 everywhere, allowed is at least one above 0\n"
 
 
 def test_place_checks_its_output_before_the_work(run, load, tmp_path, monkeypatch):

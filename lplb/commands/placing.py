@@ -59,6 +59,8 @@ def placed(
     Raises:
         ValueError: a setting is not allowed.
     """
+    if not loads.any():
+        raise ValueError("loads are 0 everywhere, allowed is at least one above 0")
     settings: dict[str, Any] = {"n_ranks": n_ranks, "n_physical": n_physical, "policy": policy}
     settings |= {"group_size": group_size, "n_groups": n_groups, "n_nodes": n_nodes, "fallback": fallback}
     moves: list[int] | list[None] = [None] * len(loads)
