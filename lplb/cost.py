@@ -283,8 +283,9 @@ def _arrivals(rank_load: _Floats, node: int, top_k: int, exchange: str) -> tuple
     if exchange == "direct":
         return rank_load * near, rank_load * far
     node_load = rank_load.reshape(*rank_load.shape[:-1], n_ranks // node, node).sum(-1)
-    # What another node sends arrives on one of the node's cards, all used alike, and goes on over NVLink.
-    passed_on = (n_ranks - 1) / n_ranks
+    # What another node sends arrives on one of the node's cards, all used alike, and goes on over NVLink but for what
+    # is for that card's own rank.
+    passed_on = near + far * (node - 1) / node
     return _once(rank_load, top_k) * passed_on, _once(node_load, top_k) * far / node
 
 

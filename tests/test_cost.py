@@ -72,6 +72,11 @@ def test_between_nodes_by_hand():
     assert time_of([40, 4, 4, 4], 4, ranks_per_node=2) == pytest.approx(4.0 + 20 * (1 + 2))
     # Two choices per token, all on rank 0: 20 tokens, each sent once. 10 come from the other node, over two cards: 5 s.
     assert time_of([40, 0, 0, 0], 4, ranks_per_node=2, exchange="by_node") == pytest.approx(4.0 + 5 * (1 + 2))
+    # With cards that take no time: 5 tokens from rank 1 and 5 of the other node's 10, which came on rank 1's card.
+    cards = replace(ROUND, rdma_bandwidth=1e15)
+    for node, seconds in ((2, 1.0), (1, 0.0)):
+        parts = layer_parts(np.array([40, 0, 0, 0]), 4, SMALL, cards, ranks_per_node=node, exchange="by_node")
+        assert parts.dispatch == pytest.approx(seconds, abs=1e-9)
 
 
 def test_a_slot_without_tokens_costs_nothing_and_one_token_costs_all_weights():
