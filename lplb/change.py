@@ -7,7 +7,6 @@ whether they pay.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex, cast
@@ -17,11 +16,12 @@ import numpy.typing as npt
 import torch
 
 from lplb import _C
-from lplb.arguments import checked_group_size, seen, whole_number
+from lplb.arguments import checked_group_size, real_number, seen, whole_number
+from lplb.judge import FEWEST_BATCHES, Candidate, Ground, Judge, Limits, deal_out
 from lplb.placement import Placement
 from lplb.policies import checked_history, place
 from lplb.relabel import nested_blocks, relabel
-from lplb.weights.moves import Move, moves_between
+from lplb.weights.moves import Move
 
 __all__ = ["Change", "plan_change"]
 
@@ -30,14 +30,9 @@ _Ints = npt.NDArray[np.int64]
 _Slots = npt.NDArray[np.int32]  # a phy2log, [n_physical], labelled as the current placement
 _Array = torch.Tensor | npt.NDArray[Any] | Sequence[Any]
 
-_FEWEST_BATCHES = 16  # the older half to search on, the newer to judge by; fewer do not show how loads vary
-_MOST_BATCHES = 128  # the latest
-_SURE = 3.0  # standard errors
-_MOST_CORRELATION = 0.95  # of a batch with the next that is reckoned with
 _PREFIXES = 8  # of a path, that are looked at where the whole is doubtful
 _LITTLE = 0.5  # of a re-solve's gain: what few moves have to reach, or all of them are made
 _NEARLY = 0.99  # of what the search found: its last steps bring little
-_FIXED_POINT = 2.0**45  # what a batch of loads that are no whole numbers sums to
 
 
 @dataclass(frozen=True)
@@ -149,7 +144,7 @@ def plan_change(
             if there is not None and (there.n_ranks, there.n_physical) != (here.n_ranks, here.n_physical):
                 raise ValueError(f"target is {there!r}, allowed are the sizes of current, {here!r}")
     first = placements[0]
-    limits = _Limits(
+    limits = Limits(
         gain=_checked_number("gain", gain, above=0.0, most=1.0),
         min_gain=_checked_number("min_gain", min_gain, least=0.0),
         max_moves=None if max_moves is None else whole_number("max_moves", max_moves, 0),
@@ -166,7 +161,7 @@ def plan_change(
     nested_blocks(first.n_ranks, size, n_nodes)
     for placement in (*placements, *(t for t in targets if t is not None)):
         placement.check_groups(size)
-    ground = _Ground(size, whole_number("n_nodes", n_nodes, 1))
+    ground = Ground(size, whole_number("n_nodes", n_nodes, 1))
     changes = [
         _plan_layer(placement, rows, limits, ground, there, bool(steady))
         for placement, rows, there in zip(placements, layers, targets, strict=True)
@@ -177,158 +172,19 @@ def plan_change(
 # ---- one layer
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """What the caller wants and allows."""
-
-    gain: float
-    min_gain: float
-    max_moves: int | None
-    max_bytes: int | None
-    expert_bytes: _Ints | None  # [n_logical]
-    horizon: float | None
-    token_cost: float | None
-    byte_cost: float | None
-
-    def check(self) -> None:
-        """Refuse what is given without what it needs."""
-        if self.max_bytes is not None and self.expert_bytes is None:
-            raise ValueError(f"max_bytes is {self.max_bytes} and expert_bytes None, allowed are both or no max_bytes")
-        if self.horizon is None:
-            return
-        for name in ("token_cost", "byte_cost", "expert_bytes"):
-            if getattr(self, name) is None:
-                raise ValueError(f"horizon is {self.horizon} and {name} None, allowed are all four or no horizon")
-
-
-@dataclass(frozen=True)
-class _Ground:
-    """The ranks as they stand."""
-
-    group_size: int
-    n_nodes: int
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A placement to move to, and what it is worth."""
-
-    phy2log: _Slots
-    gains: _Floats  # less imbalance, of every scenario
-    n_moves: int
-    bytes: int | None
-
-    @property
-    def gain(self) -> float:
-        return float(self.gains.mean())
-
-
-class _Judge:
-    """The scenarios kept back from the search, the batches that figures are of, and the limits."""
-
-    def __init__(self, current: Placement, scenarios: _Scenarios, limits: _Limits, ground: _Ground) -> None:
-        self.current, self.scenarios, self.limits, self.ground = current, scenarios, limits, ground
-        self.slots: _Slots = current.phy2log.numpy()
-        self.before = self.imbalance(self.slots, scenarios.judge)
-
-    def imbalance(self, phy2log: _Slots, loads: _Floats) -> _Floats:
-        """Of every batch; as `lplb.policies.imbalance`, without its checks."""
-        current, size = self.current, self.ground.group_size
-        optima = np.empty((len(loads), current.n_ranks // size))
-        _C.placement_optima(
-            phy2log.ctypes.data,
-            current.n_physical,
-            current.n_logical,
-            current.n_ranks,
-            size,
-            loads.ctypes.data,
-            len(loads),
-            optima.ctypes.data,
-            1,
-        )
-        return np.asarray(optima.max(axis=1) / (loads.sum(axis=1) / current.n_ranks))
-
-    def figure(self, phy2log: _Slots) -> float:
-        """The imbalance that is reported."""
-        return float(self.imbalance(phy2log, self.scenarios.shown).mean())
-
-    def bytes(self, phy2log: _Slots) -> int | None:
-        """What is written weighs."""
-        sizes = self.limits.expert_bytes
-        return None if sizes is None else int(sizes[phy2log[phy2log != self.slots]].sum())
-
-    def rate(self, phy2log: _Slots) -> _Candidate:
-        """Score a placement."""
-        n_moves = int((phy2log != self.slots).sum())
-        gains = self.before - self.imbalance(phy2log, self.scenarios.judge)
-        return _Candidate(phy2log, gains, n_moves, self.bytes(phy2log))
-
-    def allows(self, phy2log: _Slots) -> bool:
-        """Whether the moves are within the budgets."""
-        limits = self.limits
-        if limits.max_moves is not None and (phy2log != self.slots).sum() > limits.max_moves:
-            return False
-        return limits.max_bytes is None or cast(int, self.bytes(phy2log)) <= limits.max_bytes
-
-    def moves(self, candidate: _Candidate) -> tuple[Placement, tuple[Move, ...]]:
-        """The placement, and how it is come to."""
-        placement = Placement(candidate.phy2log, self.current.n_ranks, self.current.n_logical)
-        return placement, tuple(moves_between(self.current, placement))
-
-    def seconds(self, candidate: _Candidate) -> tuple[float, float]:
-        """What moving saves over the horizon, and what it takes."""
-        limits = self.limits
-        if limits.horizon is None or limits.token_cost is None or limits.byte_cost is None:
-            return 0.0, 0.0
-        sent: Counter[int] = Counter()
-        received: Counter[int] = Counter()
-        for move in self.moves(candidate)[1]:
-            weight = int(cast(_Ints, limits.expert_bytes)[move.expert])
-            sent[move.source_rank] += weight
-            received[move.target_rank] += weight
-        busiest = max([*sent.values(), *received.values(), 0])
-        shown = self.scenarios.shown
-        saved = self.imbalance(self.slots, shown) - self.imbalance(candidate.phy2log, shown)
-        tokens = float((saved * shown.sum(axis=1)).mean()) / self.current.n_ranks
-        return limits.horizon * tokens * limits.token_cost, busiest * limits.byte_cost
-
-    def doubt(self, gains: _Floats, n_moves: int) -> str:
-        """Why the gain is too small for so many moves, or may be none; nothing where it is neither."""
-        wanted = self.limits.min_gain * max(1.0, 10 * n_moves / self.current.n_physical)
-        gain, noise = float(gains.mean()), _SURE * _standard_error(gains)
-        if gain < wanted:
-            return f"{gain:.4f} is gained, and {wanted:.4f} asked for"
-        if gain <= noise:
-            return f"{gain:.4f} is gained, and {noise:.4f}, {_SURE:g} standard errors, may be noise"
-        return ""
-
-
-def _standard_error(x: _Floats) -> float:
-    """Of the mean of a series in time, its correlation from one to the next reckoned with; 0 of one alone."""
-    n, off = len(x), x - x.mean()
-    squares = float(off @ off)
-    if n < 2 or squares == 0.0:
-        return 0.0
-    seen = float(off[1:] @ off[:-1]) / squares
-    correlation = min(
-        max(seen + (1.0 + 3.0 * seen) / n, 0.0), _MOST_CORRELATION
-    )  # a short series shows less than it has
-    return math.sqrt(squares / (n - 1) / n * (1 + correlation) / (1 - correlation))
-
-
 def _plan_layer(
-    current: Placement, rows: _Floats, limits: _Limits, ground: _Ground, target: Placement | None, steady: bool
+    current: Placement, rows: _Floats, limits: Limits, ground: Ground, target: Placement | None, steady: bool
 ) -> Change:
     """Plan the change of one layer; rows [batches, n_logical]."""
-    scenarios = _scenarios(rows)
-    judge = _Judge(current, scenarios, limits, ground)
+    scenarios = deal_out(rows)
+    judge = Judge(current, scenarios, limits, ground)
     before, lost = judge.figure(judge.slots), float(judge.before.mean()) - 1.0
     stay = Change(current, (), _weight(limits, 0), before, before, None, *_no_time(limits), worth=False, reason="")
     if scenarios.few and not steady:
         n = len(scenarios.shown)
         return replace(
             stay,
-            reason=f"imbalance is {before:.4f} over {n} batch{'es' if n > 1 else ''}: fewer than {_FEWEST_BATCHES} do "
+            reason=f"imbalance is {before:.4f} over {n} batch{'es' if n > 1 else ''}: fewer than {FEWEST_BATCHES} do "
             "not show how loads vary; steady=True takes them as they are",
         )
     if lost < max(limits.min_gain, 1e-9):
@@ -337,8 +193,8 @@ def _plan_layer(
         return replace(stay, reason="the budget allows no move")
 
     path = [p for p in _path(current, scenarios.search, lost, limits, ground) if judge.allows(p)]
-    last = chosen = judge.rate(path[-1] if path else judge.slots)
-    resolved: _Candidate | None = None
+    chosen = judge.rate(path[-1] if path else judge.slots)
+    resolved: Candidate | None = None
     enough = min(limits.gain * lost, _NEARLY * chosen.gain)
     free = limits.max_moves is None and limits.max_bytes is None and ground.n_nodes == 1
     made = free and limits.min_gain <= chosen.gain < _LITTLE * lost
@@ -362,12 +218,12 @@ def _plan_layer(
         return replace(stay, reason=f"imbalance is {before:.4f}, and no move{within} lowers it on the older batches")
     if judge.doubt(chosen.gains, chosen.n_moves):  # fewer moves have to gain less
         shorter = (judge.rate(p) for p in path[: -1 - len(path) : -max(1, len(path) // _PREFIXES)])
-        sure = (c for c in shorter if c.n_moves <= last.n_moves and not judge.doubt(c.gains, c.n_moves))
+        sure = (c for c in shorter if not judge.doubt(c.gains, c.n_moves))
         chosen = next(sure, chosen)
     return _decide(stay, chosen, judge)
 
 
-def _decide(stay: Change, chosen: _Candidate, judge: _Judge) -> Change:
+def _decide(stay: Change, chosen: Candidate, judge: Judge) -> Change:
     """Move, or say why not."""
     limits, before, after = judge.limits, stay.imbalance_before, judge.figure(chosen.phy2log)
     n = chosen.n_moves
@@ -396,7 +252,7 @@ def _decide(stay: Change, chosen: _Candidate, judge: _Judge) -> Change:
     )
 
 
-def _cheapest(path: list[_Slots], last: _Candidate, enough: float, judge: _Judge) -> _Candidate:
+def _cheapest(path: list[_Slots], last: Candidate, enough: float, judge: Judge) -> Candidate:
     """Of the placements on a path the first that gains enough; with a horizon, of those up to it what saves most."""
     enough = min(enough, last.gain)
     low, high, reached = 0, len(path) - 1, last
@@ -410,14 +266,14 @@ def _cheapest(path: list[_Slots], last: _Candidate, enough: float, judge: _Judge
     if judge.limits.horizon is None:
         return reached
 
-    def net(candidate: _Candidate) -> float:
+    def net(candidate: Candidate) -> float:
         saving, cost = judge.seconds(candidate)
         return saving - cost
 
     return max((judge.rate(p) for p in path[: high + 1]), key=net)
 
 
-def _path(current: Placement, search: _Ints, lost: float, limits: _Limits, ground: _Ground) -> list[_Slots]:
+def _path(current: Placement, search: _Ints, lost: float, limits: Limits, ground: Ground) -> list[_Slots]:
     """The placements after each step of the search."""
     cost, most_cost = np.ones(current.n_logical), math.inf
     if limits.expert_bytes is not None and limits.expert_bytes.any():
@@ -450,7 +306,7 @@ def _path(current: Placement, search: _Ints, lost: float, limits: _Limits, groun
     return path
 
 
-def _resolve(current: Placement, search: _Ints, ground: _Ground, target: Placement | None) -> _Slots:
+def _resolve(current: Placement, search: _Ints, ground: Ground, target: Placement | None) -> _Slots:
     """A full re-solve on what the search sees, relabelled."""
     if target is None:
         made = place(
@@ -462,54 +318,6 @@ def _resolve(current: Placement, search: _Ints, ground: _Ground, target: Placeme
         target = cast(Placement, made)
     slots: _Slots = relabel(current, target, group_size=ground.group_size, n_nodes=ground.n_nodes).phy2log.numpy()
     return slots
-
-
-# ---- scenarios
-
-
-@dataclass(frozen=True)
-class _Scenarios:
-    """The history, dealt out."""
-
-    search: _Ints
-    """What moves are searched on, ``[n, n_logical]``, whole numbers."""
-    judge: _Floats
-    """What they are judged on."""
-    shown: _Floats
-    """The batches that figures are of: those of ``judge``, or all where there are few."""
-    few: bool
-    """Fewer batches than show how loads vary."""
-
-
-def _scenarios(rows: _Floats) -> _Scenarios:
-    rows = rows[rows.sum(axis=1) > 0][-_MOST_BATCHES:]
-    few = len(rows) < _FEWEST_BATCHES
-    whole = bool((rows == np.rint(rows)).all()) and rows.sum(axis=1).max() < _FIXED_POINT
-    if not few:
-        search, judge = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    elif whole:
-        pieces = _thinned(rows.astype(np.int64), -(-_FEWEST_BATCHES // len(rows))).astype(np.float64)
-        pieces = pieces[pieces.sum(axis=1) > 0]
-        search, judge = (pieces[::2], pieces[1::2]) if len(pieces) > 1 else (pieces, pieces)
-    else:
-        search = judge = rows
-    if not whole:
-        search = search / search.max(axis=1, keepdims=True)  # sums of the smallest numbers would have lost their bits
-        search = np.rint(search * (_FIXED_POINT / search.sum(axis=1, keepdims=True)))
-    shown = rows if few else judge
-    return _Scenarios(
-        np.ascontiguousarray(search, dtype=np.int64), np.ascontiguousarray(judge), np.ascontiguousarray(shown), few
-    )
-
-
-def _thinned(rows: _Ints, parts: int) -> _Ints:
-    """Deal every token of a batch to one of so many parts: of Poisson counts, these are independent Poisson counts."""
-    rng = np.random.default_rng(0)
-    left, out = rows.copy(), np.empty((parts, *rows.shape), dtype=np.int64)
-    for i in range(parts):
-        out[i] = rng.binomial(left, 1.0 / (parts - i))
-        left -= out[i]
-    return out.reshape(-1, rows.shape[1])
 
 
 # ---- checks
@@ -544,9 +352,7 @@ def _checked_placements(name: str, given: object, layers: _Floats, many: bool) -
 def _checked_number(
     name: str, value: object, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
 ) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} is {value!r}, allowed is a number")
-    number = float(value)
+    number = real_number(name, value)
     if not (math.isfinite(number) and number >= least and number > above and number <= most):
         low = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
         high = f", at most {most:g}" if most < math.inf else ""
@@ -567,9 +373,9 @@ def _checked_bytes(expert_bytes: object, n_logical: int) -> _Ints | None:
     return np.array(sizes, dtype=np.int64)
 
 
-def _weight(limits: _Limits, n: int) -> int | None:
+def _weight(limits: Limits, n: int) -> int | None:
     return None if limits.expert_bytes is None else n
 
 
-def _no_time(limits: _Limits) -> tuple[float | None, float | None]:
+def _no_time(limits: Limits) -> tuple[float | None, float | None]:
     return (None, None) if limits.horizon is None else (0.0, 0.0)

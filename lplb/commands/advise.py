@@ -131,16 +131,18 @@ def show(found: Study, console: Console) -> None:
         console.print(f"• {escape(text)}")
 
 
-def _options_table(found: Study) -> Table:
-    """For each asked size a section, for each redundancy a row: the fastest even split and the fastest LP."""
+def _table(title: str) -> Table:
+    """A table whose columns fit a terminal of 80."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table(
-        title="A layer's modelled time; the LP's with the assumed planner's.\nSaved: of the time of doing nothing.",
-        box=SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
+    return Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+
+
+def _options_table(found: Study) -> Table:
+    """For each asked size a section, for each redundancy a row: the fastest even split and the fastest LP."""
+    shown = _table(
+        "A layer's modelled time; the LP's with the assumed planner's.\nSaved: of the time of doing nothing."
     )
     shown.add_column("redundant\nslots a rank", no_wrap=True)
     shown.add_column("memory\na rank", justify="right", no_wrap=True)
@@ -171,15 +173,7 @@ def _options_table(found: Study) -> Table:
 
 def _crossover_table(found: Study) -> Table:
     """From what size the LP pays: redundancies by hardware and planner's time."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    shown = Table(
-        title="The LP pays from so many tokens per rank on,\nif its planner takes so long (assumed).",
-        box=SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
-    )
+    shown = _table("The LP pays from so many tokens per rank on,\nif its planner takes so long (assumed).")
     shown.add_column("redundant\nslots", no_wrap=True)
     names = list(found.options[0].seconds)
     for name in names:

@@ -1,0 +1,213 @@
+"""How a change of placement is judged: the history dealt out, what is gained on it, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from lplb import _C
+from lplb.placement import Placement
+from lplb.weights.moves import Move, moves_between
+
+__all__ = ["FEWEST_BATCHES", "Candidate", "Ground", "Judge", "Limits", "Scenarios", "deal_out"]
+
+_Floats = npt.NDArray[np.float64]
+_Ints = npt.NDArray[np.int64]
+_Slots = npt.NDArray[np.int32]  # a phy2log, [n_physical], labelled as the current placement
+
+FEWEST_BATCHES = 16
+"""The older half to search on, the newer to judge by; fewer do not show how loads vary."""
+_MOST_BATCHES = 128  # the latest
+_SURE = 3.0  # standard errors
+_MOST_CORRELATION = 0.95  # of a batch with the next that is reckoned with
+_FIXED_POINT = 2.0**45  # what a batch of loads that are no whole numbers sums to
+
+
+@dataclass(frozen=True)
+class Scenarios:
+    """The history, dealt out."""
+
+    search: _Ints
+    """What moves are searched on, ``[n, n_logical]``, whole numbers."""
+    judge: _Floats
+    """What they are judged on."""
+    shown: _Floats
+    """The batches that figures are of: those of ``judge``, or all where there are few."""
+    few: bool
+    """Fewer batches than show how loads vary."""
+
+
+def deal_out(rows: _Floats) -> Scenarios:
+    """Deal out a layer's history, ``[batches, n_logical]``, not all zero."""
+    rows = rows[rows.sum(axis=1) > 0][-_MOST_BATCHES:]
+    few = len(rows) < FEWEST_BATCHES
+    whole = bool((rows == np.rint(rows)).all()) and rows.sum(axis=1).max() < _FIXED_POINT
+    if not few:
+        search, judge = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    elif whole:
+        pieces = _thinned(rows.astype(np.int64), -(-FEWEST_BATCHES // len(rows))).astype(np.float64)
+        pieces = pieces[pieces.sum(axis=1) > 0]
+        search, judge = (pieces[::2], pieces[1::2]) if len(pieces) > 1 else (pieces, pieces)
+    else:
+        search = judge = rows
+    if not whole:
+        search = search / search.max(axis=1, keepdims=True)  # sums of the smallest numbers would have lost their bits
+        search = np.rint(search * (_FIXED_POINT / search.sum(axis=1, keepdims=True)))
+    shown = rows if few else judge
+    return Scenarios(
+        np.ascontiguousarray(search, dtype=np.int64), np.ascontiguousarray(judge), np.ascontiguousarray(shown), few
+    )
+
+
+def _thinned(rows: _Ints, parts: int) -> _Ints:
+    """Deal every token of a batch to one of so many parts: of Poisson counts, these are independent Poisson counts."""
+    rng = np.random.default_rng(0)
+    left, out = rows.copy(), np.empty((parts, *rows.shape), dtype=np.int64)
+    for i in range(parts):
+        out[i] = rng.binomial(left, 1.0 / (parts - i))
+        left -= out[i]
+    return out.reshape(-1, rows.shape[1])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the caller wants and allows."""
+
+    gain: float
+    min_gain: float
+    max_moves: int | None
+    max_bytes: int | None
+    expert_bytes: _Ints | None  # [n_logical]
+    horizon: float | None
+    token_cost: float | None
+    byte_cost: float | None
+
+    def check(self) -> None:
+        """Refuse what is given without what it needs."""
+        if self.max_bytes is not None and self.expert_bytes is None:
+            raise ValueError(f"max_bytes is {self.max_bytes} and expert_bytes None, allowed are both or no max_bytes")
+        if self.horizon is None:
+            return
+        for name in ("token_cost", "byte_cost", "expert_bytes"):
+            if getattr(self, name) is None:
+                raise ValueError(f"horizon is {self.horizon} and {name} None, allowed are all four or no horizon")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The ranks as they stand."""
+
+    group_size: int
+    n_nodes: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A placement to move to, and what it is worth."""
+
+    phy2log: _Slots
+    gains: _Floats  # less imbalance, of every scenario
+    n_moves: int
+    bytes: int | None
+
+    @property
+    def gain(self) -> float:
+        """Their mean."""
+        return float(self.gains.mean())
+
+
+class Judge:
+    """The scenarios kept back from the search, the batches that figures are of, and the limits."""
+
+    def __init__(self, current: Placement, scenarios: Scenarios, limits: Limits, ground: Ground) -> None:
+        """See the class."""
+        self.current, self.scenarios, self.limits, self.ground = current, scenarios, limits, ground
+        self.slots: _Slots = current.phy2log.numpy()
+        self.before = self.imbalance(self.slots, scenarios.judge)
+
+    def imbalance(self, phy2log: _Slots, loads: _Floats) -> _Floats:
+        """Of every batch; as `lplb.policies.imbalance`, without its checks."""
+        current, size = self.current, self.ground.group_size
+        optima = np.empty((len(loads), current.n_ranks // size))
+        _C.placement_optima(
+            phy2log.ctypes.data,
+            current.n_physical,
+            current.n_logical,
+            current.n_ranks,
+            size,
+            loads.ctypes.data,
+            len(loads),
+            optima.ctypes.data,
+            1,
+        )
+        return np.asarray(optima.max(axis=1) / (loads.sum(axis=1) / current.n_ranks))
+
+    def figure(self, phy2log: _Slots) -> float:
+        """The imbalance that is reported."""
+        return float(self.imbalance(phy2log, self.scenarios.shown).mean())
+
+    def bytes(self, phy2log: _Slots) -> int | None:
+        """What is written weighs."""
+        sizes = self.limits.expert_bytes
+        return None if sizes is None else int(sizes[phy2log[phy2log != self.slots]].sum())
+
+    def rate(self, phy2log: _Slots) -> Candidate:
+        """Score a placement."""
+        n_moves = int((phy2log != self.slots).sum())
+        gains = self.before - self.imbalance(phy2log, self.scenarios.judge)
+        return Candidate(phy2log, gains, n_moves, self.bytes(phy2log))
+
+    def allows(self, phy2log: _Slots) -> bool:
+        """Whether the moves are within the budgets."""
+        limits = self.limits
+        if limits.max_moves is not None and (phy2log != self.slots).sum() > limits.max_moves:
+            return False
+        return limits.max_bytes is None or cast(int, self.bytes(phy2log)) <= limits.max_bytes
+
+    def moves(self, candidate: Candidate) -> tuple[Placement, tuple[Move, ...]]:
+        """The placement, and how it is come to."""
+        placement = Placement(candidate.phy2log, self.current.n_ranks, self.current.n_logical)
+        return placement, tuple(moves_between(self.current, placement))
+
+    def seconds(self, candidate: Candidate) -> tuple[float, float]:
+        """What moving saves over the horizon, and what it takes."""
+        limits = self.limits
+        if limits.horizon is None or limits.token_cost is None or limits.byte_cost is None:
+            return 0.0, 0.0
+        sent: Counter[int] = Counter()
+        received: Counter[int] = Counter()
+        for move in self.moves(candidate)[1]:
+            weight = int(cast(_Ints, limits.expert_bytes)[move.expert])
+            sent[move.source_rank] += weight
+            received[move.target_rank] += weight
+        busiest = max([*sent.values(), *received.values(), 0])
+        shown = self.scenarios.shown
+        saved = self.imbalance(self.slots, shown) - self.imbalance(candidate.phy2log, shown)
+        tokens = float((saved * shown.sum(axis=1)).mean()) / self.current.n_ranks
+        return limits.horizon * tokens * limits.token_cost, busiest * limits.byte_cost
+
+    def doubt(self, gains: _Floats, n_moves: int) -> str:
+        """Why the gain is too small for so many moves, or may be none; nothing where it is neither."""
+        wanted = self.limits.min_gain * max(1.0, 10 * n_moves / self.current.n_physical)
+        gain, noise = float(gains.mean()), _SURE * _standard_error(gains)
+        if gain < wanted:
+            return f"{gain:.4f} is gained, and {wanted:.4f} asked for"
+        if gain <= noise:
+            return f"{gain:.4f} is gained, and {noise:.4f}, {_SURE:g} standard errors, may be noise"
+        return ""
+
+
+def _standard_error(x: _Floats) -> float:
+    """Of the mean of a series in time, its correlation from one to the next reckoned with; 0 of one alone."""
+    n, off = len(x), x - x.mean()
+    squares = float(off @ off)
+    if n < 2 or squares == 0.0:
+        return 0.0
+    shown = float(off[1:] @ off[:-1]) / squares  # a short series shows less than it has
+    correlation = min(max(shown + (1.0 + 3.0 * shown) / n, 0.0), _MOST_CORRELATION)
+    return math.sqrt(squares / (n - 1) / n * (1 + correlation) / (1 - correlation))
