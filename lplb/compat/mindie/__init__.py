@@ -1,0 +1,1 @@
+"""MindIE-SD's names for `lplb.dynamic`."""

@@ -1,0 +1,1 @@
+"""Loads watched, placements renewed, weights moved, while the model runs."""
