@@ -15,6 +15,7 @@ from torch import Tensor
 from lplb import exchange, files
 from lplb.arguments import real_number, seen, whole_number
 from lplb.cuda import _strict
+from lplb.dynamic import ops
 from lplb.dynamic.window import Ring, Window, window_for
 from lplb.exchange import EarlierFault, Exchange
 
@@ -76,11 +77,14 @@ class LoadCollector:
         if self._n_rows > most:
             raise ValueError(
                 f"window is {window}, allowed for {len(self.phases)} phases of {n_logical} experts are "
-                f"{max(most // 2, most - _LEAST_SPARE)} rows"
+                f"{max(0, min(most // 2, most - _LEAST_SPARE))} rows"
             )
         self._device = None if device is None else _checked_device(device)
         self._window = self._new_window(self._device or torch.device("cpu"))
         self._collected = 0  # of the open row
+        self._handle = ops.handle_of(self)
+        with torch.inference_mode(False):
+            self._token = torch.zeros(1, device="cpu")  # see lplb.dynamic.ops
 
     def _new_window(self, device: torch.device) -> Window:
         return window_for(device, self.n_logical, len(self.phases), self._n_rows)
@@ -129,17 +133,19 @@ class LoadCollector:
             lplb.exchange.EarlierFault: see the class; the row is as before.
             RuntimeError: the device is not known, and a CUDA graph is captured.
         """
+        number = 0 if phase is None and len(self.phases) == 1 else self._number_of(phase)
+        if counts is not None and (indices is not None or mask is not None):
+            raise TypeError("counts is given with indices or a mask, allowed is either indices or counts")
+        if torch.compiler.is_compiling():
+            ops.collect(self._token, self._handle, number, indices, mask, counts)
+        else:
+            self._collect(number, indices, mask, counts)
+
+    def _collect(self, number: int, indices: Tensor | None, mask: Tensor | None, counts: Tensor | None) -> None:
         window = self._window
         if self._device is None or window.ring.outside:
             window = self._looked_at(indices if counts is None else counts)
-        number = 0 if phase is None and len(self.phases) == 1 else self._number_of(phase)
-        if counts is None:
-            counted = window.add(number, indices, mask)
-        elif indices is None and mask is None:
-            counted = window.add_counts(number, counts)
-        else:
-            raise TypeError("counts is given with indices or a mask, allowed is either indices or counts")
-        if counted:
+        if window.add(number, indices, mask) if counts is None else window.add_counts(number, counts):
             self._tick()
 
     def advance(self) -> None:

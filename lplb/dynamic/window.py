@@ -324,7 +324,8 @@ class CudaWindow(DeviceWindow):
                 "the first collect is inside CUDA graph capture, allowed is outside; or give the collector its device"
             )
         super().__init__(n_logical, n_phases, n_rows, device)
-        self._pinned = torch.empty(self.ring.lines.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+        with torch.inference_mode(False):
+            self._pinned = torch.empty(self.ring.lines.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         self._reading = threading.Lock()  # readers share the pinned memory
         self._side: torch.cuda.Stream | None = None
         self._end = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
