@@ -304,7 +304,7 @@ class LoadCollector:
         """Copy rows; ``None`` if the first of them is overwritten by then."""
         if n == 0:
             return torch.zeros(0, len(self.phases), self.n_logical, dtype=torch.int64, device="cpu")
-        rows = window.copy(ring, first, n) if ring.keeps(first) else None
+        rows = window.copy(ring, first, n)
         return rows if ring.keeps(first) else None
 
     def _chosen(self, phases: Sequence[str] | None) -> list[int] | None:

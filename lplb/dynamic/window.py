@@ -217,7 +217,7 @@ class DeviceWindow:
 
     Each phase's counts have two bins in front, of indices below -1 and of -1, and one behind, of indices above: so one
     kernel counts them all. Those outside are never cleared by `close`. The open row has its own memory, which graphs
-    may go on adding to.
+    may go on adding to. Here all work is taken to go to one stream of the device, readers' too; see `CudaWindow`.
 
     Args:
         n_logical: experts.
