@@ -357,7 +357,7 @@ def test_a_loaded_state_goes_on(make, tmp_path, n, window):
     assert (rows[:, 0].numpy() == x[: clock * 3].reshape(clock, 3, N_LOGICAL).sum(1)[clock - len(rows) :]).all()
     first = clock - len(rows)
     assert first == max(0, n // 3 - min(4, window), clock - window)
-    if 0 < first and len(rows) < window:
+    if first > 0 and len(rows) < window:
         with pytest.raises(ValueError, match=f"rows from {first - 1} on .* allowed are those from {first} on"):
             other.rows_until(clock, len(rows) + 1)
 
