@@ -143,7 +143,7 @@ class Client:
         body = wire.encode_problem(problem)  # on all ranks, so that all refuse what is too large
         if self._context is None:
             self._context = zmq.Context()
-        dealer = self._context.socket(zmq.DEALER)
+        dealer, monitor = self._context.socket(zmq.DEALER), None
         try:
             self._set_up(dealer)
             monitor = dealer.get_monitor_socket(
@@ -159,6 +159,8 @@ class Client:
         finally:
             dealer.disable_monitor()
             dealer.close(linger=0)
+            if monitor is not None:
+                monitor.close(linger=0)
 
     def _set_up(self, dealer: zmq.Socket[Any]) -> None:
         import zmq

@@ -241,7 +241,13 @@ class _Planning:
     def _answer(self, envelope: Envelope, problem: Problem) -> _Answer:
         try:
             self._flags.check(problem)
-            return _Answer("plan", wire.encode_plans(self._plan(self._flags.limited(problem))))
+            began = time.monotonic()
+            plans = self._plan(self._flags.limited(problem))
+            _log.info(
+                "model %r, epoch %d: %d of %d layers are to change; planned in %.3g s",
+                envelope.model, envelope.epoch, sum(p.worth for p in plans), len(plans), time.monotonic() - began,
+            )  # fmt: skip
+            return _Answer("plan", wire.encode_plans(plans))
         except (TypeError, ValueError) as error:
             reason = str(error)
         except Exception as error:
@@ -468,7 +474,9 @@ class Scheduler:
         """Why a message cannot be for this scheduler, before its body is read; empty if it can."""
         flags = self.flags
         if envelope.size != flags.world_size:
-            return f"the scheduler was started with --world_size {flags.world_size}, the model has {envelope.size} ranks"
+            return (
+                f"the scheduler was started with --world_size {flags.world_size}, the model has {envelope.size} ranks"
+            )
         if n_frames > flags.most_frames:
             return (
                 f"the problem takes {n_frames} MiB, allowed for --block_num {flags.block_num} and --expert_num "
