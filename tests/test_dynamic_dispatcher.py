@@ -1,7 +1,8 @@
-"""The dispatcher of a layer: swaps and maps of many simulated ranks, permutations, staging, the planner that follows."""
+"""The dispatcher of a layer: swaps and maps of many simulated ranks, permutations, the planner that follows."""
 
 import random
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -354,7 +355,7 @@ def test_what_is_staged_can_be_forgotten():
     dispatcher.stage(after, staging, 1)
     for refused in (lambda: dispatcher.stage(after, Staging(dispatcher.fields, 1), 2), staging.begin,
                     lambda: other.stage(after, staging, 1)):  # fmt: skip
-        with pytest.raises(RuntimeError, match="is staged|holds experts"):
+        with pytest.raises(RuntimeError, match=r"is staged|holds experts"):
             refused()
     other.unstage()
     assert not staging.released()
@@ -521,7 +522,7 @@ def replace_but_on_one(rank, odd):
         compiled = planner.compiled_for(second)
         if rank != odd:
             planner.replace_placement(compiled)
-        calls = [call(lambda lag=lag: planner.run(idx, None, lag=lag)) for _ in range(2)]
+        calls = [call(partial(planner.run, idx, None, lag=lag)) for _ in range(2)]
         if rank == odd:
             planner.replace_placement(second)
         calls.append(call(planner.run, idx, None))  # with lag, the last call's exchange went wrong, too
