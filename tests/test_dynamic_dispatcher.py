@@ -225,7 +225,7 @@ def test_sources_ask_themselves_then_their_node_then_whom_few_ask(seed):
     n_ranks, n_slots = rng.choice([1, 4, 6, 12]), rng.choice([2, 3])
     per_node = rng.choice([1, 2, 3, 4, 100])
     placement = random_placement(rng, n_ranks, n_slots, rng.randint(n_slots, n_ranks * n_slots))
-    asked = ranks_asked(placement, per_node)
+    asked = np.stack([ranks_asked(placement, rank, per_node) for rank in range(n_ranks)])
     assert asked.shape == (n_ranks, placement.n_logical)
     for expert in range(placement.n_logical):
         holders = [r for r in range(n_ranks) if expert in experts_on(placement, r)]
@@ -252,7 +252,7 @@ def test_sources_ask_themselves_then_their_node_then_whom_few_ask(seed):
 def test_what_is_left_over_goes_to_other_ranks_for_other_experts():
     """Two copies of each of 60 experts on ranks 0 and 1; rank 2, with a dummy expert alone, asks one of them."""
     placement = Placement([*range(60), *range(60), *range(60, 120)], 3)
-    asked = ranks_asked(placement, 1)[2, :60]
+    asked = ranks_asked(placement, 2, 1)[:60]
     assert Counter(asked.tolist()) == {0: 30, 1: 30}
 
 
