@@ -1,5 +1,7 @@
 """The dispatcher of a layer: swaps and maps of many simulated ranks, permutations, the planner that follows."""
 
+import contextlib
+import dataclasses
 import random
 from collections import Counter
 from functools import partial
@@ -16,7 +18,8 @@ from test_weights import random_placement
 
 from lplb import Placement, Planner
 from lplb.dynamic.dispatcher import Dispatcher
-from lplb.dynamic.maps import ranks_asked
+from lplb.dynamic.maps import Maps, ranks_asked
+from lplb.dynamic.sources import Callback, Peers
 from lplb.dynamic.staging import Staging, arrivals, least_bytes, most_arrivals
 from lplb.weights import moves_between
 
@@ -445,6 +448,181 @@ def test_staging_without_memory():
         Staging(fields, 0)
     with pytest.raises(TypeError, match="like is a list"):
         Staging([torch.zeros(2)], 1)
+
+
+def test_another_placement_is_adopted_with_its_weights():
+    before, after = Placement([0, 1, 1, 2], 2), Placement([0, 2, 1, 2], 2)
+    planner = Planner.from_placement(before)
+    dispatcher = Dispatcher(before, [torch.tensor([0.0, 2.0])], 0, planner=planner)
+    permutation = dispatcher.get_expert_trans_tensor()
+    staging = Staging(dispatcher.fields, 1)
+    dispatcher.stage(after, staging, 3)
+    with pytest.raises(RuntimeError, match="epoch 3 is staged"):
+        dispatcher.adopt(after, 5)
+    dispatcher.unstage()
+    with pytest.raises(ValueError, match="n_ranks 1, allowed is 2"):
+        dispatcher.adopt(Placement([0, 1, 2, 3], 1), 5)
+    assert (dispatcher.placement, dispatcher.epoch, planner.placement) == (before, 0, before)
+    dispatcher.adopt(after, 5)
+    assert (dispatcher.placement, dispatcher.epoch, planner.placement) == (after, 5, after)
+    assert dispatcher.local_expert_list == [0, 2]
+    assert dispatcher.local_expert_indices_map.tolist() == [0, -1, 1]
+    assert permutation.argmax(0).tolist() == [0, 2, 1, 2]
+    assert dispatcher.fields.fields[0].tolist() == [0, 2]
+
+
+# Streams, played: what must have happened before what
+
+
+class Streams:
+    """What each stream has done or waited for by now; the host waits only where it says so."""
+
+    def __init__(self, monkeypatch):
+        self.current = self.main = set()
+        self.host_waits = 0
+        self.capturing = False
+        played = self
+
+        class Stream(set):
+            def __init__(self, device):
+                super().__init__()
+
+            def wait_event(self, event):
+                self.update(event.done)
+
+        class Event:
+            def __init__(self, **_):
+                self.done = set()
+
+            def record(self, stream=None):
+                self.done = set(played.current if stream is None else stream)
+
+            def synchronize(self):
+                played.host_waits += 1
+
+        @contextlib.contextmanager
+        def made_current(stream):
+            before, played.current = played.current, stream
+            yield
+            played.current = before
+
+        self.current = self.main = Stream(None)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", made_current)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+    def do(self, *what):
+        self.current.add(what)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    played = Streams(monkeypatch)
+    cuda = torch.device("cuda", 0)
+    allocated, taking, write = Staging._allocated, Staging.taking, Maps.write
+
+    def on_cpu(staging):
+        staging.device = torch.device("cpu")
+        fields = allocated(staging)
+        staging.device = cuda
+        return fields
+
+    @contextlib.contextmanager
+    def taken(staging):
+        with taking(staging):
+            yield
+            played.do("swap", staging)
+
+    monkeypatch.setattr(Staging, "_allocated", on_cpu)
+    monkeypatch.setattr(Staging, "taking", taken)
+
+    def written(maps, host):
+        assert {done for done in played.main if done == ("read maps", maps)} <= played.current
+        played.do("write maps", maps)
+        write(maps, host)
+
+    monkeypatch.setattr(Maps, "write", written)
+    renew = Dispatcher._renew_permutations  # what follows the copy of the maps
+    monkeypatch.setattr(
+        Dispatcher, "_renew_permutations", lambda self: (played.do("read maps", self._next_maps), renew(self))
+    )
+    return played
+
+
+def as_on_cuda(dispatcher):
+    """It takes itself to be on a device, which is played in host memory."""
+    dispatcher.device = dispatcher._cuda = torch.device("cuda", 0)
+    dispatcher.fields = dataclasses.replace(dispatcher.fields, device=dispatcher.device)
+    dispatcher._swapped = torch.cuda.Event()
+    return dispatcher
+
+
+def test_streams_wait_for_one_another_and_the_host_for_none(streams):
+    """Two layers share a staging: what is written, by whom, behind whose reading."""
+    rng = random.Random(4)
+    placements = [random_placement(rng, 2, 3, 4) for _ in range(6)]
+    layers = [as_on_cuda(dispatchers_for(placements[0])[0]) for _ in range(2)]
+    staging = Staging(layers[0].fields, 3)
+    transfer = staging.transfer_stream
+    for epoch, (before, after) in enumerate(pairwise(placements)):
+        if epoch > 3:  # nobody has taken from another one yet
+            staging = Staging(layers[0].fields, 3)
+            transfer = staging.transfer_stream
+        for dispatcher in layers if epoch <= 3 else layers[:1]:
+            swaps = {done for done in streams.main if done == ("swap", staging)}
+            found = arrivals(before, after, 0)
+
+            def load(layer, expert, into, epoch=epoch, swaps=swaps):
+                assert streams.current is transfer
+                assert swaps <= transfer  # all that has read the staging before
+                streams.do("fill", epoch, layer, expert)
+                for tensor, stored in zip(into, fields_for([expert]), strict=True):
+                    tensor.copy_(stored[0])
+
+            for step, _ in enumerate(Callback(load, 0).bring(layers.index(dispatcher), found.moves, staging), 1):
+                assert streams.host_waits == step  # what is yielded has come
+                assert streams.current is streams.main
+            dispatcher.stage(after, staging, epoch + 1)
+            assert streams.current is streams.main
+            filled = {done for done in transfer if done[0] != "swap"}
+            assert not found.slots or not filled <= streams.main
+            streams.host_waits = 0
+            streams.capturing = True
+            dispatcher.point.promise(dispatcher.steps + 1, 1)
+            dispatcher.point.agree()
+            assert dispatcher.check_consistency()
+            with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+                dispatcher.update_module_weight_and_map()
+            assert dispatcher.placement == before
+            streams.capturing = False
+            dispatcher.update_module_weight_and_map()
+            assert streams.host_waits == 0
+            assert filled <= streams.main  # the swap has waited for them
+            assert all(holds(dispatcher.fields.fields, s, e) for s, e in enumerate(experts_on(after, 0)))
+            streams.host_waits = 0
+
+
+def test_peers_read_behind_the_last_swap(streams):
+    """A transfer from live slots, into a staging that this layer's last swap has not used."""
+    placements = [Placement([0, 1, 2], 1), Placement([1, 2, 0], 1), Placement([2, 1, 0], 1)]
+    dispatcher = Dispatcher(placements[0], fields_for([0, 1, 2]), 0)
+    source = Peers([dispatcher])
+    as_on_cuda(dispatcher)
+    for epoch, (before, after) in enumerate(pairwise(placements), 1):
+        staging = Staging(dispatcher.fields, 3)
+        staging.device = torch.device("cpu")  # for the mover, which knows where the weights are
+        steps = source.bring(0, arrivals(before, after, 0).moves, staging)
+        assert {done for done in streams.main if done[0] == "swap"} <= staging.transfer_stream
+        assert len(list(steps)) == len(arrivals(before, after, 0).slots)
+        staging.device = dispatcher.device
+        dispatcher.stage(after, staging, epoch)
+        swap_now(dispatcher)
+        assert all(holds(dispatcher.fields.fields, s, e) for s, e in enumerate(experts_on(after, 0)))
+    assert streams.current is streams.main
 
 
 # The planner follows
