@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from test_distributed import batch, call, on_ranks
+from test_gpu_planner import need_gpu
 from test_weights import random_placement
 
 from lplb import Placement, Planner
@@ -576,7 +577,7 @@ def test_streams_wait_for_one_another_and_the_host_for_none(streams):
             swaps = {done for done in streams.main if done == ("swap", staging)}
             found = arrivals(before, after, 0)
 
-            def load(layer, expert, into, epoch=epoch, swaps=swaps):
+            def load(layer, expert, into, epoch=epoch, swaps=swaps, transfer=transfer):
                 assert streams.current is transfer
                 assert swaps <= transfer  # all that has read the staging before
                 streams.do("fill", epoch, layer, expert)
@@ -723,3 +724,75 @@ def test_a_rank_that_does_not_replace_is_found_by_all(tmp_path):
         physical, idx = (np.concatenate([result[lag][k].numpy().ravel() for result in results]) for k in (1, 2))
         assert np.array_equal(physical < 0, idx < 0)
         assert np.array_equal(second.phy2log.numpy()[physical[idx >= 0]], idx[idx >= 0])
+
+
+# On a device
+
+
+def on_device(placement, rank, **settings):
+    fields = [[t.cuda() for t in field] for field in fields_for(experts_on(placement, rank))]
+    return Dispatcher(placement, fields, rank, **settings)
+
+
+def holds_on_device(dispatcher, experts):
+    fields = [[t.cpu() for t in field] for field in dispatcher.fields.fields]
+    return all(holds(fields, slot, expert) for slot, expert in enumerate(experts))
+
+
+@pytest.mark.gpu
+def test_swaps_on_a_device_while_it_is_busy():
+    need_gpu()
+    placements = [random_placement(random.Random(4), 2, 4, 6) for _ in range(5)]
+    dispatcher = on_device(placements[0], 0)
+    staging = Staging(dispatcher.fields, 4)
+    for epoch, after in enumerate(placements[1:], 1):
+        torch.cuda._sleep(200_000_000)
+        found = arrivals(dispatcher.placement, after, 0)
+        staging.begin()
+        with staging.filling():
+            bring(found.moves, staging, 0)
+        dispatcher.stage(after, staging, epoch)
+        torch.cuda._sleep(200_000_000)
+        update = swap_now(dispatcher)
+        assert not torch.cuda.current_stream().query()  # the host has not waited
+        assert update.local_expert_indices_map.tolist() == maps_by_brute_force(after, 0)[0]
+        assert holds_on_device(dispatcher, experts_on(after, 0))
+
+
+@pytest.mark.gpu
+def test_captured_graphs_see_the_new_placement():
+    need_gpu()
+    before, after = Placement([0, 1, 1, 2], 2), Placement([0, 2, 1, 2], 2)
+    weight = torch.nn.Parameter(torch.tensor([[1.0], [2.0]], device="cuda"))
+    dispatcher = Dispatcher(before, [weight], 0)
+    permutation = dispatcher.get_expert_trans_tensor()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        seen = [weight + 0, dispatcher.device_indices_map + 0, dispatcher.log2phy + 0, permutation.argmax(0)]
+    staging = Staging(dispatcher.fields, 1)
+    staging.begin()
+    with staging.filling():
+        staging.fields[0].fill_(3.0)
+    dispatcher.stage(after, staging, 1)
+    for placement, values in ((before, [1, 2]), (after, [1, 3])):
+        if placement is after:
+            swap_now(dispatcher)
+        graph.replay()
+        assert seen[0].flatten().tolist() == values
+        assert seen[1].tolist() == ranks_asked(placement, 0, dispatcher.ranks_per_node).tolist()
+        assert [[s for s in row if s >= 0] for row in seen[2].tolist()] == maps_by_brute_force(placement, 0)[1]
+        assert seen[3].tolist() == placement.phy2log.tolist()
+
+
+@pytest.mark.gpu
+def test_a_planner_on_a_device_follows():
+    need_gpu()
+    first, second = placements_for(4, 2)
+    planner, fresh = (Planner.from_placement(placement, device="cuda") for placement in (first, second))
+    idx = batch(1, (50, 4), 12).cuda()
+    planner.run(idx, None)
+    planner.replace_placement(planner.compiled_for(second))
+    assert torch.equal(planner.run(idx, None), fresh.run(idx, None))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="replace_placement"):
+        planner.replace_placement(first)
