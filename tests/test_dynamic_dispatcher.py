@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from pretend_cuda import pretend
 from test_distributed import batch, call, on_ranks
 from test_gpu_planner import need_gpu
 from test_weights import random_placement
@@ -652,6 +653,24 @@ def test_a_planner_of_another_placement_is_as_one_made_for_it():
         )
         with pytest.raises(ValueError, match="plan was made for another placement"):
             planner.assign(idx, old)
+    planner.replace_placement(placement)  # what has been used, and what another planner's is, is made anew
+    assert planner.last_plan is None
+    other = Planner.from_placement(first, solver="flow")
+    other.replace_placement(planner.compiled_for(second))
+    other.run(idx, None)
+    assert other.last_plan.solver == "flow"
+    assert planner.last_plan is None
+
+
+def test_a_planner_of_kernels_follows(monkeypatch):
+    """The CUDA backend, its kernels played."""
+    pretend(monkeypatch.setattr)
+    first, second = placements_for(4, 2)
+    planner, fresh = Planner.from_placement(first), Planner.from_placement(second)
+    idx = batch(1, (50, 4), 12)
+    planner.run(idx, None)
+    planner.replace_placement(planner.compiled_for(second))
+    assert torch.equal(planner.run(idx, None), fresh.run(idx, None))
 
 
 def test_replacing_is_refused_before_anything_changes():

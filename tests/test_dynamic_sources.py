@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_distributed import DEADLINE, PROCESSES, call, on_ranks, process
 from test_dynamic_dispatcher import KINDS, experts_on, fields_for, holds, swap_now
+from test_gpu_planner import need_gpu
 from test_weights import random_placement
 
 from lplb import Placement
@@ -125,8 +126,9 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
 def test_one_rank_alone_has_peers_too():
     before, after = Placement([0, 1, 2], 1), Placement([2, 0, 1], 1)
     dispatcher = Dispatcher(before, fields_for([0, 1, 2]), 0)
-    came = cycle(dispatcher, 0, after, 1, Peers([dispatcher]), Staging(dispatcher.fields, 3))
-    assert came == (3, 0, 0)
+    source = Peers([dispatcher])
+    assert cycle(dispatcher, 0, after, 1, source, Staging(dispatcher.fields, 3)) == (3, 0, 0)
+    assert source.buffer_bytes == 2 * EXPERT_BYTES
 
 
 # Host memory
@@ -245,6 +247,22 @@ def test_host_weights_of_one_process():
     ):
         with pytest.raises(ValueError, match=match):
             source.bring(*arguments)
+
+
+@pytest.mark.gpu
+def test_host_weights_for_a_device():
+    need_gpu()
+    before, after = Placement([0, 1, 2, 3], 2), Placement([2, 3, 0, 1], 2)
+    host = torch.arange(4 * 1000.0).view(4, 1000)
+    source = HostWeights.of([[host]], rank=0)
+    assert source.pinned
+    dispatcher = Dispatcher(before, [host[:2].cuda()], 0)
+    staging = Staging(dispatcher.fields, 2)
+    assert len(list(source.bring(0, arrivals(before, after, 0).moves, staging))) == 2
+    dispatcher.stage(after, staging, 1)
+    assert torch.equal(swap_now(dispatcher).weight1.cpu(), host[2:])
+    source.close()
+    assert not source.pinned
 
 
 @given(st.integers(0, 2**32))

@@ -82,6 +82,11 @@ class Peers:
         self._dispatchers = _checked_dispatchers(dispatchers, ranks, "lplb.dynamic Peers")
         self._movers = [WeightMover(dispatcher.fields.fields, group) for dispatcher in self._dispatchers]
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that a layer's transfer allocates beside the staging, for as long as it lasts: the most of any."""
+        return max(mover.buffer_bytes for mover in self._movers)
+
     def bring(self, layer: int, moves: Sequence[Move], staging: Staging) -> Iterator[Moved]:
         """See `Source`. Collective. A round in which this rank has nothing to do brings 0 bytes."""
         try:
