@@ -123,6 +123,35 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
         assert came == (1, EXPERT_BYTES, EXPERT_BYTES)
 
 
+def lose_a_peer(rank, out):
+    """Rank 1 is killed after its first round; rank 0 keeps the old placement, complete."""
+    before, after = Placement([*range(8), *range(8, 16)], 2), Placement([*range(8, 16), *range(8)], 2)
+    dispatcher = Dispatcher(before, fields_for(experts_on(before, rank)), rank)
+    staging = Staging(dispatcher.fields, 8)
+    steps = Peers([dispatcher], dist.group.WORLD).bring(0, arrivals(before, after, rank).moves, staging)
+    next(steps)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fault = call(lambda: list(steps))
+    whole = all(holds(dispatcher.fields.fields, s, e) for s, e in enumerate(experts_on(before, rank)))
+    torch.save((fault, whole, staging.released(), dispatcher.check_consistency()), out)
+    os._exit(0)
+
+
+def test_a_killed_peer_leaves_the_old_placement(tmp_path):
+    out = tmp_path / "out.pt"
+    ranks = [PROCESSES.Process(target=process, args=(r, 2, str(tmp_path), lose_a_peer, (out,))) for r in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(DEADLINE)
+    assert [rank.exitcode for rank in ranks] == [0, -signal.SIGKILL]
+    fault, whole, released, due = torch.load(out, weights_only=False)
+    assert fault[0] == "RuntimeError"
+    assert "moving weights stopped" in fault[1]
+    assert (whole, released, due) == (True, True, False)
+
+
 def test_one_rank_alone_has_peers_too():
     before, after = Placement([0, 1, 2], 1), Placement([2, 0, 1], 1)
     dispatcher = Dispatcher(before, fields_for([0, 1, 2]), 0)

@@ -17,6 +17,7 @@ from lplb import exchange
 __all__ = ["NodeMemory"]
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all devices
+_NO_FILE = -1  # for mmap: memory of this process alone
 _NO_ONE_ELSE = "ranks of a node are processes of one user, in one container"
 
 
@@ -47,10 +48,13 @@ class NodeMemory:
         """See the class."""
         self.nbytes = nbytes
         first = ranks.rank // ranks_per_node * ranks_per_node
+        alone = min(ranks_per_node, ranks.size - first) == 1
         made: list[int] = []  # file descriptors, closed when all ranks have the block mapped
 
         def make() -> tuple[int, int, int, int]:
-            if ranks.rank != first:
+            if ranks.rank == first:
+                _check_room(nbytes)
+            if alone or ranks.rank != first:
                 return 0, 0, 0, 0
             name = secrets.randbits(31), secrets.randbits(31)
             made.append(_new_block(nbytes, _named(*name)))
@@ -58,11 +62,13 @@ class NodeMemory:
 
         try:
             told = _told(ranks, make)
-            self.flat = exchange.together(
-                ranks,
-                lambda: _mapped(nbytes, made[0] if made else _opened(told[first], first, ranks_per_node)),
-                lambda _: exchange.fingerprint("node memory"),
-            )
+
+            def take() -> torch.Tensor:
+                if not made and not alone:
+                    made.append(_opened(told[first], first, ranks_per_node))
+                return _mapped(nbytes, made[0] if made else _NO_FILE)
+
+            self.flat = exchange.together(ranks, take, lambda _: exchange.fingerprint("node memory"))
         finally:
             for descriptor in made:
                 os.close(descriptor)
@@ -105,10 +111,9 @@ def _named(high: int, low: int) -> str:
 def _new_block(nbytes: int, name: str) -> int:
     """Return the file descriptor of new memory, all of which is there."""
     if sys.platform != "linux":
-        raise RuntimeError(f"memory that ranks share is made on Linux only, this is {sys.platform!r}")
-    available = _available()
-    if nbytes > available:
-        raise RuntimeError(f"no memory on this host for {nbytes} bytes of weights: {available} bytes are available")
+        raise RuntimeError(
+            f"memory that ranks share is made on Linux only, this is {sys.platform!r}; allowed is 1 rank"
+        )
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     try:
         os.posix_fallocate(descriptor, 0, nbytes)  # an error here, and not a bus error at the first write
@@ -118,10 +123,19 @@ def _new_block(nbytes: int, name: str) -> int:
     return descriptor
 
 
+def _check_room(nbytes: int) -> None:
+    available = _available()
+    if nbytes > available:
+        raise RuntimeError(f"no memory on this host for {nbytes} bytes of weights: {available} bytes are available")
+
+
 def _available() -> int:
-    """Bytes that the system can still give away."""
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), sys.maxsize)
+    """Bytes that the system can still give away; any number where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return sys.maxsize
 
 
 def _opened(told: list[int], first: int, ranks_per_node: int) -> int:
