@@ -35,6 +35,14 @@ py::list find_changes(Address phy2log, int n_physical, int n_logical, int n_rank
   return steps;
 }
 
+std::unique_ptr<lplb::cpu::PlacementRating> placement_rating(Address phy2log, int n_physical, int n_logical,
+                                                             int n_ranks, int group_size, Address loads, int batches) {
+  const lplb::ChangeTask task{at<const int32_t>(phy2log), n_physical, n_logical, n_ranks, group_size, n_ranks,
+                              at<const int64_t>(loads),   batches,    nullptr,   0,       0.0,        0.0};
+  py::gil_scoped_release release;
+  return std::make_unique<lplb::cpu::PlacementRating>(task);
+}
+
 void relabel(Address current, Address target, int n_physical, int n_logical, int n_ranks, Address kind,
              const std::vector<int32_t>& blocks, Address out) {
   py::gil_scoped_release release;
@@ -46,6 +54,16 @@ void relabel(Address current, Address target, int n_physical, int n_logical, int
 }  // namespace
 
 void add_change(py::module_& m) {
+  py::class_<lplb::cpu::PlacementRating>(m, "PlacementRating")
+      .def(py::init(&placement_rating), py::arg("phy2log"), py::arg("n_physical"), py::arg("n_logical"),
+           py::arg("n_ranks"), py::arg("group_size"), py::arg("loads"), py::arg("batches"))
+      .def(
+          "rate",
+          [](lplb::cpu::PlacementRating& rating, Address phy2log, Address imbalance) {
+            py::gil_scoped_release release;
+            rating.rate(at<const int32_t>(phy2log), at<double>(imbalance));
+          },
+          py::arg("phy2log"), py::arg("imbalance"));
   m.def("find_changes", &find_changes, py::arg("phy2log"), py::arg("n_physical"), py::arg("n_logical"),
         py::arg("n_ranks"), py::arg("group_size"), py::arg("ranks_per_node"), py::arg("loads"), py::arg("batches"),
         py::arg("cost"), py::arg("most_writes"), py::arg("most_cost"), py::arg("wanted"));

@@ -129,6 +129,24 @@ def find_changes(
     the batches that it looked at. Other Python threads run meanwhile.
     """
 
+class PlacementRating:
+    """Placements of one layer, rated one after another on the same int64 ``loads [batches, n_logical]``."""
+
+    def __init__(
+        self,
+        phy2log: int,
+        n_physical: int,
+        n_logical: int,
+        n_ranks: int,
+        group_size: int,
+        loads: int,
+        batches: int,
+    ) -> None:
+        """``phy2log`` is any placement of these sizes; a batch sums to 1 up to 2**52. Nothing is kept of the arrays."""
+
+    def rate(self, phy2log: int, imbalance: int) -> None:
+        """Write float64 ``imbalance [batches]`` of a placement int32 ``[n_physical]``; other threads run meanwhile."""
+
 def relabel(
     current: int,
     target: int,

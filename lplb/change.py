@@ -182,7 +182,7 @@ class Found(NamedTuple):
 
 
 def survey(
-    current: Placement, rows: _Floats, limits: Limits, ground: Ground, steady: bool
+    current: Placement, rows: _Ints | _Floats, limits: Limits, ground: Ground, steady: bool
 ) -> tuple[Judge, Change, float]:
     """Look at a layer's rows ``[n, n_logical]``, not all 0: their judge, the change that is none, what is to gain.
 
@@ -190,7 +190,7 @@ def survey(
     """
     scenarios = deal_out(rows)
     judge = Judge(current, scenarios, limits, ground)
-    before, lost = judge.figure(judge.slots), float(judge.before.mean()) - 1.0
+    before, lost = judge.figure(judge.slots), math.fsum(judge.before) / len(judge.before) - 1.0
     stay = Change(current, (), _weight(limits, 0), before, before, None, *_no_time(limits), worth=False, reason="")
     if scenarios.few and not steady:
         n = len(scenarios.shown)
@@ -209,7 +209,7 @@ def survey(
 
 def plan_layer(
     current: Placement,
-    rows: _Floats,
+    rows: _Ints | _Floats,
     limits: Limits,
     ground: Ground,
     target: Placement | None = None,

@@ -34,34 +34,40 @@ class Scenarios:
 
     search: _Ints
     """What moves are searched on, ``[n, n_logical]``, whole numbers."""
-    judge: _Floats
+    judge: _Ints
     """What they are judged on."""
-    shown: _Floats
+    shown: _Ints
     """The batches that figures are of: those of ``judge``, or all where there are few."""
+    tokens: _Floats
+    """The sums of these, in the history's unit."""
     few: bool
     """Fewer batches than show how loads vary."""
 
 
-def deal_out(rows: _Floats) -> Scenarios:
+def deal_out(rows: _Ints | _Floats) -> Scenarios:
     """Deal out a layer's history, ``[batches, n_logical]``, not all zero."""
     rows = rows[rows.sum(axis=1) > 0][-_MOST_BATCHES:]
     few = len(rows) < FEWEST_BATCHES
-    whole = bool((rows == np.rint(rows)).all()) and rows.sum(axis=1).max() < _FIXED_POINT
+    shown, whole = _whole(rows)
     if not few:
-        search, judge = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    elif whole:
-        pieces = _thinned(rows.astype(np.int64), -(-FEWEST_BATCHES // len(rows))).astype(np.float64)
+        search, judge = np.split(shown, [len(rows) // 2])
+        return Scenarios(search, judge, judge, np.asarray(rows[len(search) :].sum(axis=1), dtype=np.float64), few)
+    search = judge = shown
+    if whole:
+        pieces = _thinned(shown, -(-FEWEST_BATCHES // len(rows)))
         pieces = pieces[pieces.sum(axis=1) > 0]
-        search, judge = (pieces[::2], pieces[1::2]) if len(pieces) > 1 else (pieces, pieces)
-    else:
-        search = judge = rows
-    if not whole:
-        search = search / search.max(axis=1, keepdims=True)  # sums of the smallest numbers would have lost their bits
-        search = np.rint(search * (_FIXED_POINT / search.sum(axis=1, keepdims=True)))
-    shown = rows if few else judge
-    return Scenarios(
-        np.ascontiguousarray(search, dtype=np.int64), np.ascontiguousarray(judge), np.ascontiguousarray(shown), few
-    )
+        if len(pieces) > 1:
+            search, judge = np.ascontiguousarray(pieces[::2]), np.ascontiguousarray(pieces[1::2])
+    return Scenarios(search, judge, shown, np.asarray(rows.sum(axis=1), dtype=np.float64), few)
+
+
+def _whole(rows: _Ints | _Floats) -> tuple[_Ints, bool]:
+    """Rows as whole numbers, in fixed point where they are none or too large; and whether they are what was given."""
+    if (rows.dtype == np.int64 or (rows == np.rint(rows)).all()) and rows.sum(axis=1).max() < _FIXED_POINT:
+        return np.ascontiguousarray(rows, dtype=np.int64), True
+    scaled = rows / rows.max(axis=1, keepdims=True)  # sums of the smallest numbers would have lost their bits
+    scaled = np.rint(scaled * (_FIXED_POINT / scaled.sum(axis=1, keepdims=True)))
+    return np.ascontiguousarray(scaled, dtype=np.int64), False
 
 
 def _thinned(rows: _Ints, parts: int) -> _Ints:
@@ -118,7 +124,7 @@ class Candidate:
     @property
     def gain(self) -> float:
         """Their mean."""
-        return float(self.gains.mean())
+        return _mean(self.gains)
 
 
 class Judge:
@@ -128,28 +134,32 @@ class Judge:
         """See the class."""
         self.current, self.scenarios, self.limits, self.ground = current, scenarios, limits, ground
         self.slots: _Slots = current.phy2log.numpy()
-        self.before = self.imbalance(self.slots, scenarios.judge)
+        self._judge = self._rating(scenarios.judge)
+        self._shown = self._judge if scenarios.shown is scenarios.judge else self._rating(scenarios.shown)
+        self.before = self.imbalance(self.slots)
 
-    def imbalance(self, phy2log: _Slots, loads: _Floats) -> _Floats:
-        """Of every batch; as `lplb.policies.imbalance`, without its checks."""
-        current, size = self.current, self.ground.group_size
-        optima = np.empty((len(loads), current.n_ranks // size))
-        _C.placement_optima(
-            phy2log.ctypes.data,
+    def _rating(self, loads: _Ints) -> _C.PlacementRating:
+        current = self.current
+        return _C.PlacementRating(
+            current.phy2log.data_ptr(),
             current.n_physical,
             current.n_logical,
             current.n_ranks,
-            size,
+            self.ground.group_size,
             loads.ctypes.data,
             len(loads),
-            optima.ctypes.data,
-            1,
         )
-        return np.asarray(optima.max(axis=1) / (loads.sum(axis=1) / current.n_ranks))
+
+    def imbalance(self, phy2log: _Slots, *, shown: bool = False) -> _Floats:
+        """Of every batch that is judged by, or that figures are of; as `lplb.policies.imbalance`."""
+        scenarios, rating = self.scenarios, self._shown if shown else self._judge
+        out = np.empty(len(scenarios.shown if shown else scenarios.judge))
+        rating.rate(phy2log.ctypes.data, out.ctypes.data)
+        return out
 
     def figure(self, phy2log: _Slots) -> float:
         """The imbalance that is reported."""
-        return float(self.imbalance(phy2log, self.scenarios.shown).mean())
+        return _mean(self.imbalance(phy2log, shown=True))
 
     def bytes(self, phy2log: _Slots) -> int | None:
         """What is written weighs."""
@@ -159,7 +169,7 @@ class Judge:
     def rate(self, phy2log: _Slots) -> Candidate:
         """Score a placement."""
         n_moves = int((phy2log != self.slots).sum())
-        gains = self.before - self.imbalance(phy2log, self.scenarios.judge)
+        gains = self.before - self.imbalance(phy2log)
         return Candidate(phy2log, gains, n_moves, self.bytes(phy2log))
 
     def allows(self, phy2log: _Slots) -> bool:
@@ -186,15 +196,14 @@ class Judge:
             sent[move.source_rank] += weight
             received[move.target_rank] += weight
         busiest = max([*sent.values(), *received.values(), 0])
-        shown = self.scenarios.shown
-        saved = self.imbalance(self.slots, shown) - self.imbalance(candidate.phy2log, shown)
-        tokens = float((saved * shown.sum(axis=1)).mean()) / self.current.n_ranks
+        saved = self.imbalance(self.slots, shown=True) - self.imbalance(candidate.phy2log, shown=True)
+        tokens = _mean(saved * self.scenarios.tokens) / self.current.n_ranks
         return limits.horizon * tokens * limits.token_cost, busiest * limits.byte_cost
 
     def doubt(self, gains: _Floats, n_moves: int) -> str:
         """Why the gain is too small for so many moves, or may be none; nothing where it is neither."""
         wanted = self.limits.min_gain * max(1.0, 10 * n_moves / self.current.n_physical)
-        gain, noise = float(gains.mean()), _SURE * _standard_error(gains)
+        gain, noise = _mean(gains), _SURE * _standard_error(gains)
         if gain < wanted:
             return f"{gain:.4f} is gained, and {wanted:.4f} asked for"
         if gain <= noise:
@@ -202,12 +211,20 @@ class Judge:
         return ""
 
 
+def _mean(x: _Floats) -> float:
+    return math.fsum(x) / len(x)
+
+
 def _standard_error(x: _Floats) -> float:
-    """Of the mean of a series in time, its correlation from one to the next reckoned with; 0 of one alone."""
-    n, off = len(x), x - x.mean()
-    squares = float(off @ off)
+    """Of the mean of a series in time, its correlation from one to the next reckoned with; 0 of one alone.
+
+    Its sums are rounded once: they are the same on any machine, whatever NumPy makes of its vectors.
+    """
+    n, mean = len(x), math.fsum(x) / len(x)
+    off = x - mean
+    squares = math.fsum(off * off)
     if n < 2 or squares == 0.0:
         return 0.0
-    shown = float(off[1:] @ off[:-1]) / squares  # a short series shows less than it has
+    shown = math.fsum(off[1:] * off[:-1]) / squares  # a short series shows less than it has
     correlation = min(max(shown + (1.0 + 3.0 * shown) / n, 0.0), _MOST_CORRELATION)
     return math.sqrt(squares / (n - 1) / n * (1 + correlation) / (1 - correlation))

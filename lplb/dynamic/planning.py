@@ -27,7 +27,6 @@ __all__ = ["MODES", "POLICIES", "LayerPlan", "Problem", "Settings", "plan", "pla
 MODES = ("A2A", "AG", "EX")
 POLICIES = ("change", "lp", "eplb", "eplb-distinct")
 
-_Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
 
 _MOST_TOKENS = 2**45  # of a row: their sums over rows, and in fixed point, are exact
@@ -247,28 +246,26 @@ def plans_digest(plans: Sequence[LayerPlan]) -> str:
 def _plan_layer(problem: Problem, layer: int) -> Found | None:
     """What the layer would do if the budget were its own; None without loads."""
     settings, current, rows = problem.settings, problem.placements[layer], problem.history[layer]
-    rows = rows[rows.sum(axis=1) > 0]
-    if not len(rows):
+    if not rows.any():
         return None
-    loads = np.ascontiguousarray(rows, dtype=np.float64)
     limits = settings.limits(current.n_logical)
     ground = Ground(problem.group_size, settings.n_nodes)
     if settings.policy != "change":
-        return _resolve(problem, layer, loads, limits, ground)
-    found = plan_layer(current, loads, limits, ground, steady=settings.steady)
-    if found.change.worth or len(loads) <= _NEWEST:
+        return _resolve(problem, layer, rows, limits, ground)
+    found = plan_layer(current, rows, limits, ground, steady=settings.steady)
+    if found.change.worth or len(rows) <= _NEWEST:
         return found
-    again = plan_layer(current, loads[-_NEWEST:], limits, ground, steady=settings.steady)
+    again = plan_layer(current, rows[-_NEWEST:], limits, ground, steady=settings.steady)
     if not again.change.worth:
         return found
     reason = f"on the newest {_NEWEST} rows alone, {again.change.reason}"
     return again._replace(change=replace(again.change, reason=reason))
 
 
-def _resolve(problem: Problem, layer: int, loads: _Floats, limits: Limits, ground: Ground) -> Found:
+def _resolve(problem: Problem, layer: int, rows: _Ints, limits: Limits, ground: Ground) -> Found:
     """Place anew on what the search would see, relabelled; gated as any change."""
     settings, current = problem.settings, problem.placements[layer]
-    judge, stay, _ = survey(current, loads, limits, ground, settings.steady)
+    judge, stay, _ = survey(current, rows, limits, ground, settings.steady)
     if stay.reason:
         return Found(stay, judge, [])
     local = settings.policy == "lp" and settings.mode != "AG" and problem.sources is not None
@@ -355,7 +352,7 @@ def _stops(found: Found) -> list[tuple[Candidate, float]]:
     judge, change = found.judge, found.change
     if not change.worth:
         return []
-    mean = float(judge.scenarios.shown.sum(axis=1).mean()) / change.placement.n_ranks
+    mean = float(judge.scenarios.tokens.mean()) / change.placement.n_ranks
     path = [p for p in found.path if 0 < (p != judge.slots).sum() < change.n_moves]
     every = -(-len(path) // _MOST_STOPS) if path else 1
     ways = [judge.rate(p) for p in path[::every]] + [judge.rate(change.placement.phy2log.numpy())]
