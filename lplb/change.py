@@ -23,7 +23,7 @@ from lplb.policies import checked_history, place
 from lplb.relabel import nested_blocks, relabel
 from lplb.weights.moves import Move
 
-__all__ = ["Change", "Found", "checked_number", "decide", "plan_change", "plan_layer", "survey"]
+__all__ = ["Change", "Found", "checked_number", "decide", "levelled", "plan_change", "plan_layer", "survey"]
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -333,6 +333,13 @@ def _path(current: Placement, search: _Ints, lost: float, limits: Limits, ground
             phy2log[slot] = expert
         path.append(phy2log.copy())
     return path
+
+
+def levelled(placement: Placement, loads: _Ints, ground: Ground) -> Placement:
+    """Follow the search from a placement to its end, whatever it writes; loads ``[n, n_logical]``, each below 2**52."""
+    free = Limits(1.0, 0.0, None, None, None, None, None, None)
+    path = _path(placement, np.ascontiguousarray(loads), 0.0, free, ground)
+    return Placement(path[-1], placement.n_ranks, placement.n_logical) if path else placement
 
 
 def _resolve(current: Placement, search: _Ints, ground: Ground, target: Placement | None) -> _Slots:

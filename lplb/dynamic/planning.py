@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lplb.arguments import checked_group_size, seen, whole_number
-from lplb.change import Change, Found, checked_number, decide, plan_layer, survey
+from lplb.change import Change, Found, checked_number, decide, levelled, plan_layer, survey
 from lplb.judge import Candidate, Ground, Judge, Limits
 from lplb.placement import Placement
 from lplb.policies import place
@@ -279,15 +279,7 @@ def _resolve(problem: Problem, layer: int, rows: _Ints, limits: Limits, ground: 
         n_nodes=settings.n_nodes,
         sources=sources if sources is not None and sources.any() else None,
     )
-    # Where it is known who sends what, a rank that was put on a node stays there.
-    node = [1.0 + r // (current.n_ranks // settings.n_nodes) for r in range(current.n_ranks)]
-    target = relabel(
-        current,
-        cast(Placement, placed),
-        group_size=ground.group_size,
-        n_nodes=settings.n_nodes,
-        rank_speed=node if local else None,
-    )
+    target = _renamed(problem, cast(Placement, placed), current, local)
     chosen = judge.rate(target.phy2log.numpy())
     stay = replace(stay, imbalance_resolve=judge.figure(chosen.phy2log))
     if not judge.allows(chosen.phy2log):
@@ -295,7 +287,21 @@ def _resolve(problem: Problem, layer: int, rows: _Ints, limits: Limits, ground: 
         return Found(replace(stay, reason=reason), judge, [])
     if chosen.n_moves == 0:
         return Found(replace(stay, reason="a placement made anew is the current one"), judge, [])
-    return Found(decide(stay, chosen, judge), judge, [])
+    change = decide(stay, chosen, judge)
+    if change.worth and settings.policy == "lp" and judge.scenarios.few:
+        # Drift does not have to be reckoned with where loads are steady: these very loads are levelled out.
+        finer = _renamed(problem, levelled(target, judge.scenarios.shown, ground), current, local)
+        again = decide(stay, judge.rate(finer.phy2log.numpy()), judge)
+        if again.worth and judge.allows(finer.phy2log) and again.imbalance_after < change.imbalance_after:
+            change = again
+    return Found(change, judge, [])
+
+
+def _renamed(problem: Problem, placed: Placement, current: Placement, local: bool) -> Placement:
+    """Name ranks and slots so that most experts stay; local: a rank that was put on a node stays there."""
+    n_nodes = problem.settings.n_nodes
+    node = [1.0 + r // (current.n_ranks // n_nodes) for r in range(current.n_ranks)]
+    return relabel(current, placed, group_size=problem.group_size, n_nodes=n_nodes, rank_speed=node if local else None)
 
 
 def _as_plan(change: Change) -> LayerPlan:
