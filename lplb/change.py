@@ -17,7 +17,7 @@ import torch
 
 from lplb import _C
 from lplb.arguments import checked_group_size, real_number, seen, whole_number
-from lplb.judge import FEWEST_BATCHES, Candidate, Ground, Judge, Limits, deal_out
+from lplb.judge import FEWEST_BATCHES, Candidate, Ground, Judge, Limits, deal_out, mean_of
 from lplb.placement import Placement
 from lplb.policies import checked_history, place
 from lplb.relabel import nested_blocks, relabel
@@ -190,7 +190,7 @@ def survey(
     """
     scenarios = deal_out(rows)
     judge = Judge(current, scenarios, limits, ground)
-    before, lost = judge.figure(judge.slots), math.fsum(judge.before) / len(judge.before) - 1.0
+    before, lost = judge.figure(judge.slots), mean_of(judge.before) - 1.0
     stay = Change(current, (), _weight(limits, 0), before, before, None, *_no_time(limits), worth=False, reason="")
     if scenarios.few and not steady:
         n = len(scenarios.shown)

@@ -14,7 +14,19 @@ from lplb import _C
 from lplb.placement import Placement
 from lplb.weights.moves import Move, moves_between
 
-__all__ = ["FEWEST_BATCHES", "Candidate", "Ground", "Judge", "Limits", "Scenarios", "deal_out"]
+__all__ = [
+    "FEWEST_BATCHES",
+    "MOST_BATCHES",
+    "Candidate",
+    "Ground",
+    "Judge",
+    "Limits",
+    "Rating",
+    "Scenarios",
+    "deal_out",
+    "mean_of",
+    "noise_of",
+]
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -22,7 +34,8 @@ _Slots = npt.NDArray[np.int32]  # a phy2log, [n_physical], labelled as the curre
 
 FEWEST_BATCHES = 16
 """The older half to search on, the newer to judge by; fewer do not show how loads vary."""
-_MOST_BATCHES = 128  # the latest
+MOST_BATCHES = 128
+"""The latest."""
 _SURE = 3.0  # standard errors
 _MOST_CORRELATION = 0.95  # of a batch with the next that is reckoned with
 _FIXED_POINT = 2.0**45  # what a batch of loads that are no whole numbers sums to
@@ -46,7 +59,7 @@ class Scenarios:
 
 def deal_out(rows: _Ints | _Floats) -> Scenarios:
     """Deal out a layer's history, ``[batches, n_logical]``, not all zero."""
-    rows = rows[rows.sum(axis=1) > 0][-_MOST_BATCHES:]
+    rows = rows[rows.sum(axis=1) > 0][-MOST_BATCHES:]
     few = len(rows) < FEWEST_BATCHES
     shown, whole = _whole(rows)
     if not few:
@@ -124,7 +137,30 @@ class Candidate:
     @property
     def gain(self) -> float:
         """Their mean."""
-        return _mean(self.gains)
+        return mean_of(self.gains)
+
+
+class Rating:
+    """Placements of one layer, rated one after another on the same batches."""
+
+    def __init__(self, current: Placement, loads: _Ints, group_size: int) -> None:
+        """``loads``: ``[batches, n_logical]``, each batch from 1 up to 2**52, contiguous."""
+        self._batches = len(loads)
+        self._rating = _C.PlacementRating(
+            current.phy2log.data_ptr(),
+            current.n_physical,
+            current.n_logical,
+            current.n_ranks,
+            group_size,
+            loads.ctypes.data,
+            len(loads),
+        )
+
+    def imbalance(self, phy2log: _Slots) -> _Floats:
+        """Of every batch, ``[batches]``; as `lplb.policies.imbalance`."""
+        out = np.empty(self._batches)
+        self._rating.rate(phy2log.ctypes.data, out.ctypes.data)
+        return out
 
 
 class Judge:
@@ -134,32 +170,19 @@ class Judge:
         """See the class."""
         self.current, self.scenarios, self.limits, self.ground = current, scenarios, limits, ground
         self.slots: _Slots = current.phy2log.numpy()
-        self._judge = self._rating(scenarios.judge)
-        self._shown = self._judge if scenarios.shown is scenarios.judge else self._rating(scenarios.shown)
+        self._judge = Rating(current, scenarios.judge, ground.group_size)
+        self._shown = self._judge
+        if scenarios.shown is not scenarios.judge:
+            self._shown = Rating(current, scenarios.shown, ground.group_size)
         self.before = self.imbalance(self.slots)
-
-    def _rating(self, loads: _Ints) -> _C.PlacementRating:
-        current = self.current
-        return _C.PlacementRating(
-            current.phy2log.data_ptr(),
-            current.n_physical,
-            current.n_logical,
-            current.n_ranks,
-            self.ground.group_size,
-            loads.ctypes.data,
-            len(loads),
-        )
 
     def imbalance(self, phy2log: _Slots, *, shown: bool = False) -> _Floats:
         """Of every batch that is judged by, or that figures are of; as `lplb.policies.imbalance`."""
-        scenarios, rating = self.scenarios, self._shown if shown else self._judge
-        out = np.empty(len(scenarios.shown if shown else scenarios.judge))
-        rating.rate(phy2log.ctypes.data, out.ctypes.data)
-        return out
+        return (self._shown if shown else self._judge).imbalance(phy2log)
 
     def figure(self, phy2log: _Slots) -> float:
         """The imbalance that is reported."""
-        return _mean(self.imbalance(phy2log, shown=True))
+        return mean_of(self.imbalance(phy2log, shown=True))
 
     def bytes(self, phy2log: _Slots) -> int | None:
         """What is written weighs."""
@@ -197,13 +220,13 @@ class Judge:
             received[move.target_rank] += weight
         busiest = max([*sent.values(), *received.values(), 0])
         saved = self.imbalance(self.slots, shown=True) - self.imbalance(candidate.phy2log, shown=True)
-        tokens = _mean(saved * self.scenarios.tokens) / self.current.n_ranks
+        tokens = mean_of(saved * self.scenarios.tokens) / self.current.n_ranks
         return limits.horizon * tokens * limits.token_cost, busiest * limits.byte_cost
 
     def doubt(self, gains: _Floats, n_moves: int) -> str:
         """Why the gain is too small for so many moves, or may be none; nothing where it is neither."""
         wanted = self.limits.min_gain * max(1.0, 10 * n_moves / self.current.n_physical)
-        gain, noise = _mean(gains), _SURE * _standard_error(gains)
+        gain, noise = mean_of(gains), noise_of(gains)
         if gain < wanted:
             return f"{gain:.4f} is gained, and {wanted:.4f} asked for"
         if gain <= noise:
@@ -211,8 +234,14 @@ class Judge:
         return ""
 
 
-def _mean(x: _Floats) -> float:
+def mean_of(x: _Floats) -> float:
+    """Return the mean, its sum rounded once: the same on any machine."""
     return math.fsum(x) / len(x)
+
+
+def noise_of(x: _Floats, n: int | None = None) -> float:
+    """Of the mean of a series in time, or of the mean of n of its kind, what may be noise: three standard errors."""
+    return _SURE * _standard_error(x) * math.sqrt(len(x) / (n or len(x)))
 
 
 def _standard_error(x: _Floats) -> float:

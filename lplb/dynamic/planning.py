@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lplb.arguments import checked_group_size, seen, whole_number
 from lplb.change import Change, Found, checked_number, decide, levelled, plan_layer, survey
-from lplb.judge import Candidate, Ground, Judge, Limits
+from lplb.judge import FEWEST_BATCHES, MOST_BATCHES, Candidate, Ground, Judge, Limits, Rating, mean_of, noise_of
 from lplb.placement import Placement
 from lplb.policies import place
 from lplb.relabel import nested_blocks, relabel
@@ -27,10 +27,11 @@ __all__ = ["MODES", "POLICIES", "LayerPlan", "Problem", "Settings", "plan", "pla
 MODES = ("A2A", "AG", "EX")
 POLICIES = ("change", "lp", "eplb", "eplb-distinct")
 
+_Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
 
 _MOST_TOKENS = 2**45  # of a row: their sums over rows, and in fixed point, are exact
-_NEWEST = 32  # rows of the second look: half of them searched on, half judged by
+_LEAST_ROWS = 3 * FEWEST_BATCHES  # for a second look at some of them
 _MOST_STOPS = 12  # of a layer's path that are weighed against those of other layers
 
 
@@ -246,19 +247,41 @@ def plans_digest(plans: Sequence[LayerPlan]) -> str:
 def _plan_layer(problem: Problem, layer: int) -> Found | None:
     """What the layer would do if the budget were its own; None without loads."""
     settings, current, rows = problem.settings, problem.placements[layer], problem.history[layer]
-    if not rows.any():
+    rows = rows[rows.any(axis=1)][-MOST_BATCHES:]
+    if not len(rows):
         return None
     limits = settings.limits(current.n_logical)
     ground = Ground(problem.group_size, settings.n_nodes)
     if settings.policy != "change":
         return _resolve(problem, layer, rows, limits, ground)
     found = plan_layer(current, rows, limits, ground, steady=settings.steady)
-    if found.change.worth or len(rows) <= _NEWEST:
+    if found.change.worth or len(rows) < _LEAST_ROWS:
         return found
-    again = plan_layer(current, rows[-_NEWEST:], limits, ground, steady=settings.steady)
+    return _look_again(found, rows, limits, ground)
+
+
+def _look_again(found: Found, rows: _Ints, limits: Limits, ground: Ground) -> Found:
+    """Look at the newest rows alone, if the imbalance has risen there, by more than the older half explains."""
+    judge, half = found.judge, len(rows) // 2
+    older = Rating(judge.current, np.ascontiguousarray(rows[:half]), ground.group_size)
+    before = older.imbalance(judge.slots)
+    line = mean_of(before) + max(limits.min_gain, noise_of(before, FEWEST_BATCHES))
+
+    def risen(newer: _Floats) -> bool:
+        return len(newer) == FEWEST_BATCHES and mean_of(newer) > line
+
+    if not risen(judge.before[-FEWEST_BATCHES:]):
+        return found
+    newest = FEWEST_BATCHES * (2 if risen(judge.before[-2 * FEWEST_BATCHES : -FEWEST_BATCHES]) else 1)
+    again = plan_layer(judge.current, rows[-newest:], limits, ground)
     if not again.change.worth:
         return found
-    reason = f"on the newest {_NEWEST} rows alone, {again.change.reason}"
+    # Loads that wander come back: their like is in the older half, where the moves gain now more and now less.
+    gains = before - older.imbalance(again.change.placement.phy2log.numpy())
+    gained, noise = again.change.imbalance_before - again.change.imbalance_after, noise_of(gains, newest // 2)
+    if gained <= noise:
+        return found
+    reason = f"on the newest {newest} rows alone, {again.change.reason}"
     return again._replace(change=replace(again.change, reason=reason))
 
 
@@ -291,8 +314,9 @@ def _resolve(problem: Problem, layer: int, rows: _Ints, limits: Limits, ground: 
     if change.worth and settings.policy == "lp" and judge.scenarios.few:
         # Drift does not have to be reckoned with where loads are steady: these very loads are levelled out.
         finer = _renamed(problem, levelled(target, judge.scenarios.shown, ground), current, local)
-        again = decide(stay, judge.rate(finer.phy2log.numpy()), judge)
-        if again.worth and judge.allows(finer.phy2log) and again.imbalance_after < change.imbalance_after:
+        rated = judge.rate(finer.phy2log.numpy())
+        again = decide(stay, rated, judge)
+        if again.worth and judge.allows(rated.phy2log) and again.imbalance_after < change.imbalance_after:
             change = again
     return Found(change, judge, [])
 
