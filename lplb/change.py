@@ -21,7 +21,7 @@ from lplb.judge import FEWEST_BATCHES, Candidate, Ground, Judge, Limits, deal_ou
 from lplb.placement import Placement
 from lplb.policies import checked_history, place
 from lplb.relabel import nested_blocks, relabel
-from lplb.weights.moves import Move
+from lplb.weights.moves import Move, moves_between
 
 __all__ = ["Change", "Found", "checked_number", "decide", "levelled", "plan_change", "plan_layer", "survey"]
 
@@ -32,6 +32,7 @@ _Array = torch.Tensor | npt.NDArray[Any] | Sequence[Any]
 
 _PREFIXES = 8  # of a path, that are looked at where the whole is doubtful
 _LITTLE = 0.5  # of a re-solve's gain: what few moves have to reach, or all of them are made
+_SPARE = 0.75  # of what may be left over: down to there the search goes on
 _NEARLY = 0.99  # of what the search found: its last steps bring little
 
 
@@ -163,10 +164,14 @@ def plan_change(
         placement.check_groups(size)
     ground = Ground(size, whole_number("n_nodes", n_nodes, 1))
     changes = [
-        plan_layer(placement, rows, limits, ground, there, bool(steady)).change
+        _with_moves(placement, plan_layer(placement, rows, limits, ground, there, bool(steady)).change)
         for placement, rows, there in zip(placements, layers, targets, strict=True)
     ]
     return changes if many else changes[0]
+
+
+def _with_moves(current: Placement, change: Change) -> Change:
+    return replace(change, moves=tuple(moves_between(current, change.placement))) if change.worth else change
 
 
 # ---- one layer
@@ -176,6 +181,7 @@ class Found(NamedTuple):
     """What was found for a layer."""
 
     change: Change
+    """Without its list of moves, which takes time that not everyone has."""
     judge: Judge
     path: list[_Slots]
     """Placements, each by a few moves from the one before, as far as the budgets go."""
@@ -269,11 +275,9 @@ def decide(stay: Change, chosen: Candidate, judge: Judge) -> Change:
             return replace(stay, reason=f"{what}: {times}")
     if stay.imbalance_resolve is not None:
         what += f", a full re-solve to {stay.imbalance_resolve:.4f}"
-    placement, moves = judge.moves(chosen)
     return replace(
         stay,
-        placement=placement,
-        moves=moves,
+        placement=judge.placement(chosen),
         bytes=chosen.bytes,
         imbalance_after=after,
         worth=True,
@@ -310,9 +314,9 @@ def _path(current: Placement, search: _Ints, lost: float, limits: Limits, ground
         cost = np.maximum(limits.expert_bytes / mean, 1e-12)  # above 0
         if limits.max_bytes is not None:
             most_cost = limits.max_bytes / mean
-    # Half as much again of what may be left over: the batches kept back see a little less than those searched on.
-    wanted = 1.0 + 0.5 * (1.0 - limits.gain) * lost
-    steps = _C.find_changes(
+    # Not all of what may be left over: the batches kept back see a little less than those searched on.
+    wanted = 1.0 + _SPARE * (1.0 - limits.gain) * lost
+    ends, slots, experts = _C.find_changes(
         current.phy2log.data_ptr(),
         current.n_physical,
         current.n_logical,
@@ -327,11 +331,11 @@ def _path(current: Placement, search: _Ints, lost: float, limits: Limits, ground
         wanted,
     )
     phy2log = current.phy2log.numpy().copy()
-    path = []
-    for writes, _, _ in steps:
-        for slot, expert in writes:
-            phy2log[slot] = expert
+    path, done = [], 0
+    for end in ends:
+        phy2log[slots[done:end]] = experts[done:end]  # no slot twice in a step
         path.append(phy2log.copy())
+        done = end
     return path
 
 

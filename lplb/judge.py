@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lplb import _C
 from lplb.placement import Placement
-from lplb.weights.moves import Move, moves_between
+from lplb.weights.moves import moves_between
 
 __all__ = [
     "FEWEST_BATCHES",
@@ -202,10 +202,9 @@ class Judge:
             return False
         return limits.max_bytes is None or cast(int, self.bytes(phy2log)) <= limits.max_bytes
 
-    def moves(self, candidate: Candidate) -> tuple[Placement, tuple[Move, ...]]:
-        """The placement, and how it is come to."""
-        placement = Placement(candidate.phy2log, self.current.n_ranks, self.current.n_logical)
-        return placement, tuple(moves_between(self.current, placement))
+    def placement(self, candidate: Candidate) -> Placement:
+        """Where experts are to be."""
+        return Placement(candidate.phy2log, self.current.n_ranks, self.current.n_logical)
 
     def seconds(self, candidate: Candidate) -> tuple[float, float]:
         """What moving saves over the horizon, and what it takes."""
@@ -214,7 +213,7 @@ class Judge:
             return 0.0, 0.0
         sent: Counter[int] = Counter()
         received: Counter[int] = Counter()
-        for move in self.moves(candidate)[1]:
+        for move in moves_between(self.current, self.placement(candidate)):
             weight = int(cast(_Ints, limits.expert_bytes)[move.expert])
             sent[move.source_rank] += weight
             received[move.target_rank] += weight

@@ -39,14 +39,15 @@ namespace change {
 inline constexpr int kFew = 6;         // batches that candidates are guessed from and first scored on
 inline constexpr int kMany = 20;       // batches that the best of them are scored on
 inline constexpr double kNear = 1.05;  // imbalance of the batches' sum below which the batches have to be looked at
-inline constexpr int kIdle = 5;        // steps in a row that find nothing, each among other batches
+inline constexpr int kIdle = 4;        // steps in a row that find nothing, each among other batches
 inline constexpr int kFinalists = 3;   // candidates that are scored on all of them
 inline constexpr int kCrowded = 24;    // experts, and slots, among which candidates are looked for
+inline constexpr int kExchanged = 16;  // slots on crowded ranks whose expert may go elsewhere in exchange
 inline constexpr int kQuietRanks = 6;  // ranks that a crowded rank may exchange experts with
 inline constexpr int kScored = 8;      // candidates of either kind that the LP scores
 
 inline constexpr double kLeastGain = 2e-4;            // of the mean imbalance, for a step
-inline constexpr double kLikely = -0.5, kSure = 0.3;  // standard errors, on a few batches and on all
+inline constexpr double kLikely = -0.5, kSure = 0.5;  // standard errors, on a few batches and on all
 
 struct Candidate {
   SlotWrite first, second;  // second.slot < 0: one write alone
@@ -313,7 +314,7 @@ class ChangeSearch {
   }
 
   void guess_exchanges(change::Best<change::Candidate>& best) const {
-    change::Best<int> slots(change::kCrowded), quiet(change::kQuietRanks);
+    change::Best<int> slots(change::kExchanged), quiet(change::kQuietRanks);
     for (int r = 0; r < task_.n_ranks; ++r) {
       double sum = 0.0;
       for (int k = 0; k < change::kFew; ++k) sum -= level_[r * change::kFew + k];

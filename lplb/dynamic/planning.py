@@ -224,10 +224,10 @@ def plan(problem: Problem) -> tuple[LayerPlan, ...]:
     """
     found = [_plan_layer(problem, layer) for layer in range(len(problem.placements))]
     budget = problem.settings.budget()
-    if budget is not None and sum(f.change.n_moves for f in found if f) > budget:
+    if budget is not None and sum(_n_moves(f) for f in found if f) > budget:
         found = _share_out(found, budget)
     return tuple(
-        _as_plan(f.change) if f else LayerPlan(placement, False, "no loads", 1.0, 1.0, 0)
+        _as_plan(f) if f else LayerPlan(placement, False, "no loads", 1.0, 1.0, 0)
         for f, placement in zip(found, problem.placements, strict=True)
     )
 
@@ -328,15 +328,13 @@ def _renamed(problem: Problem, placed: Placement, current: Placement, local: boo
     return relabel(current, placed, group_size=problem.group_size, n_nodes=n_nodes, rank_speed=node if local else None)
 
 
-def _as_plan(change: Change) -> LayerPlan:
-    return LayerPlan(
-        change.placement,
-        change.worth,
-        change.reason,
-        change.imbalance_before,
-        change.imbalance_after,
-        change.n_moves,
-    )
+def _n_moves(found: Found) -> int:
+    return int((found.change.placement.phy2log.numpy() != found.judge.slots).sum())
+
+
+def _as_plan(found: Found) -> LayerPlan:
+    c = found.change
+    return LayerPlan(c.placement, c.worth, c.reason, c.imbalance_before, c.imbalance_after, _n_moves(found))
 
 
 # ---- one budget for all layers
@@ -371,7 +369,7 @@ def _share_out(found: Sequence[Found | None], budget: int) -> list[Found | None]
             continue
         candidate = stops[layer][i][0]
         left -= candidate.n_moves
-        if candidate.n_moves < f.change.n_moves:
+        if candidate.n_moves < _n_moves(f):
             change = decide(_kept(f, ""), candidate, f.judge)
             shared[layer] = f._replace(change=replace(change, reason=f"{change.reason}, the share of the budget"))
     return shared
@@ -383,10 +381,11 @@ def _stops(found: Found) -> list[tuple[Candidate, float]]:
     if not change.worth:
         return []
     mean = float(judge.scenarios.tokens.mean()) / change.placement.n_ranks
-    path = [p for p in found.path if 0 < (p != judge.slots).sum() < change.n_moves]
+    most = _n_moves(found)
+    path = [p for p in found.path if 0 < (p != judge.slots).sum() < most]
     every = -(-len(path) // _MOST_STOPS) if path else 1
     ways = [judge.rate(p) for p in path[::every]] + [judge.rate(change.placement.phy2log.numpy())]
-    return [(c, c.gain * mean) for c in ways if c.n_moves == change.n_moves or _holds(c, judge)]
+    return [(c, c.gain * mean) for c in ways if c.n_moves == most or _holds(c, judge)]
 
 
 def _holds(candidate: Candidate, judge: Judge) -> bool:
@@ -403,7 +402,6 @@ def _kept(found: Found, reason: str) -> Change:
     return replace(
         change,
         placement=current,
-        moves=(),
         bytes=None if change.bytes is None else 0,
         imbalance_after=change.imbalance_before,
         saving=None if change.saving is None else 0.0,
