@@ -82,7 +82,7 @@ def bench_quality() -> list[Row]:
                     "×",
                     bar if policy == "lp" else None,
                     "<=" if policy == "lp" else "",
-                    f"mean {np.mean(reached):.4f}, no placement below {np.mean(bounds):.4f}; {np.mean(moved):.0f} moves; "
+                    f"mean {np.mean(reached):.4f}, none below {np.mean(bounds):.4f}; {np.mean(moved):.0f} moves; "
                     f"quoted: MindIE A2A {mindie}, FlashLB {flash}",
                 )
             )
