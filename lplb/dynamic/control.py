@@ -13,6 +13,8 @@ from lplb import exchange
 
 __all__ = ["Control", "SkippedError", "Stage"]
 
+_LABEL = 3  # words behind a row, the same on all ranks that are in step
+
 T = TypeVar("T")
 
 
@@ -56,20 +58,21 @@ class Control:
         """See the class."""
         self.ranks = ranks
         self.rank, self.size = ranks.rank, ranks.size
-        exchange.widen(ranks, columns + exchange.WORDS)
+        exchange.widen(ranks, 2 * (columns + _LABEL))  # words are of 64 bits, columns of 32
 
     def gather(self, stage: Stage, row: Sequence[int]) -> list[list[int]]:
         """Return every rank's words, in the order of ranks.
 
         Args:
             stage: the same on every rank, or they are out of step.
-            row: as many words as on every other rank, 0 or more and below 2**31 each.
+            row: as many words of 64 bits as on every other rank.
         """
-        words = torch.tensor([*row, 0, exchange.REBALANCE, stage, len(row)], dtype=torch.int32, device="cpu")
-        table = torch.empty(self.size, len(words), dtype=torch.int32, device="cpu")
-        exchange.gather(self.ranks, exchange.REBALANCE, words, table)
-        told: list[list[int]] = table.tolist()
-        odd = next((rank for rank, theirs in enumerate(told) if theirs[len(row) :] != words.tolist()[len(row) :]), None)
+        label = [exchange.REBALANCE, int(stage), len(row)]
+        words = torch.tensor([*row, *label], dtype=torch.int64, device="cpu")
+        table = torch.empty(self.size, 2 * len(words), dtype=torch.int32, device="cpu")
+        exchange.gather(self.ranks, exchange.REBALANCE, words.view(torch.int32), table)
+        told: list[list[int]] = table.view(torch.int64).tolist()
+        odd = next((rank for rank, theirs in enumerate(told) if theirs[len(row) :] != label), None)
         if odd is not None:
             raise exchange.LostRankError(
                 f"rank {odd} is out of step with rank {self.rank}, which is in {stage.name.lower()}: one of them has "

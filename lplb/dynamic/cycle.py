@@ -106,10 +106,15 @@ class Cycle:
         self.clock = 0
         self._ahead = pace.ahead
         self._stagings: dict[object, list[Staging]] = {}
+        self._batch_stagings: dict[int, Staging] = {}  # of the layers that are under way
 
     def own_clock(self) -> int:
         """Rows that this rank has of every layer."""
         return min(layer.collector.clock for layer in self._layers)
+
+    def swaps_pending(self) -> bool:
+        """Whether a swap is to come on this rank that was agreed on before this began."""
+        return any(layer.dispatcher.point.pending for layer in self._layers)
 
     def run(self, clock: int, target: tuple[Placement, ...] | None) -> None:
         """Take one cycle.

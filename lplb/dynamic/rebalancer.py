@@ -32,6 +32,7 @@ __all__ = ["Rebalancer", "find_layers"]
 _log = logging.getLogger("lplb.dynamic")
 _STATE, _VERSION = "lplb.rebalancer", 1
 _AT_EXIT = 5.0  # seconds
+_MOST_REST = 10  # polls between two looks, while nothing happens
 
 
 class Rebalancer:
@@ -78,7 +79,7 @@ class Rebalancer:
         layers_at_once: layers whose incoming experts have memory at one time.
         bytes_per_second: that a rank sends or receives at most while it moves weights; ``None`` for no limit.
         ahead: steps between an agreement and its swap, to begin with; 4 or more.
-        poll: seconds between two looks at what other ranks are at.
+        poll: seconds between two looks at what other ranks are at; up to ten times as long while nothing happens.
         watchdog: seconds after which the log warns of a cycle that has not ended, with how far it is.
         start: ``False`` to start later, with `start`.
 
@@ -164,6 +165,7 @@ class Rebalancer:
         self.layers = layers
         self.settings = settings
         self._pace = pace
+        self._rest = pace.poll
         self._wishes = Wishes()
         self._tally = Tally([layer.name for layer in layers])
         self._groups: list[exchange.Apart] = []
@@ -275,12 +277,14 @@ class Rebalancer:
             timeout: seconds to wait for the background thread, whose last call needs the other ranks.
         """
         self._wish(closing=True)
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if hasattr(self._service, "close"):
+            self._service.close()  # what is asked of it ends at once
+        if self._thread is not None:
             self._thread.join(timeout)
         for layer in self.layers:
             layer.dispatcher.point.clear()
-        if hasattr(self._service, "close"):
-            self._service.close()
+            if not layer.dispatcher.point.pending and not self._runs():
+                layer.dispatcher.unstage()
         _open.discard(self)
 
     def __enter__(self) -> Rebalancer:
@@ -342,6 +346,9 @@ class Rebalancer:
         self.move_to([Placement(row, state["n_ranks"], n_logical) for row in state["phy2log"]])
         self._cycle.history = history.clone()
 
+    def _runs(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def _wish(self, **wishes: Any) -> None:
         with self._wishes.changed:
             for name, value in wishes.items():
@@ -369,16 +376,18 @@ class Rebalancer:
         wishes = self._wishes
         target = wishes.target
         asked = (0, 0) if target is None else exchange.fingerprint([p.phy2log.tolist() for p in target])
-        own = [int(wishes.closing), int(wishes.now), self._cycle.own_clock(), *asked]
+        own = [int(wishes.closing), int(wishes.now), self._cycle.own_clock(), self._cycle.swaps_pending(), *asked]
         told = self._control.gather(Stage.IDLE, own)
         if any(row[0] for row in told):
             return False
         clock = min(row[2] for row in told)
-        all_ask = target is not None and all(row[3:] == told[0][3:] for row in told)
+        all_ask = target is not None and all(row[4:] == told[0][4:] for row in told)
         due = all(row[1] for row in told) or clock - self._cycle.clock >= self.interval
-        if not (all_ask or due):
-            wishes.wait(self._pace.poll)
+        if not (all_ask or due) or any(row[3] for row in told):
+            wishes.wait(self._rest)
+            self._rest = min(2 * self._rest, _MOST_REST * self._pace.poll)
             return True
+        self._rest = self._pace.poll
         with wishes.changed:
             if all(row[1] for row in told):
                 wishes.now = False
