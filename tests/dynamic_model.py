@@ -114,6 +114,18 @@ def random_placement(rng, like):
             return Placement(slots, n, like.n_logical)
 
 
+def nearby_placement(rng, like):
+    """One where two ranks have exchanged an expert."""
+    while True:
+        slots = like.phy2log.clone()
+        a, b = rng.choice(len(slots), 2, replace=False)
+        slots[[a, b]] = slots[[b, a]]
+        if a // like.slots_per_rank != b // like.slots_per_rank and all(
+            len(set(own)) == len(own) for own in slots.view(like.n_ranks, -1).tolist()
+        ):
+            return Placement(slots, like.n_ranks, like.n_logical)
+
+
 def until(condition, seconds=30.0, step=lambda: time.sleep(0.002)):
     """Call ``step`` until ``condition`` holds."""
     end = time.monotonic() + seconds

@@ -12,7 +12,7 @@ import pytest
 import test_distributed
 import torch
 import torch.distributed as dist
-from dynamic_model import Model, expected, random_placement, spread, until
+from dynamic_model import Model, expected, nearby_placement, random_placement, spread, until
 from test_distributed import PROCESSES, on_ranks
 
 from lplb import plan_change
@@ -71,10 +71,12 @@ def exact_while_swapping(rank, n_swaps, n_layers):
     same = np.random.default_rng(99)
     steps = 0
     with Rebalancer(model, dist.group.WORLD, layers_at_once=n_layers, ahead=4, **quick()) as rebalancer:
-        asked = 0
+        asked, targets = 0, [b.dispatcher.placement for b in model.blocks]
         while not together(rebalancer.stats().swaps >= n_swaps):
             if rebalancer.stats().cycles >= asked:
-                rebalancer.move_to([random_placement(same, b.dispatcher.placement) for b in model.blocks])
+                draw = nearby_placement if asked % 4 else random_placement
+                targets = [draw(same, target) for target in targets]
+                rebalancer.move_to(targets)
                 asked += 1
             step(model, rng, 3)
             steps += 1
