@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex, cast
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from lplb.policies import checked_history, place
 from lplb.relabel import nested_blocks, relabel
 from lplb.weights.moves import Move
 
-__all__ = ["Change", "plan_change"]
+__all__ = ["Change", "Found", "checked_number", "decide", "plan_change", "plan_layer", "survey"]
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -145,14 +145,14 @@ def plan_change(
                 raise ValueError(f"target is {there!r}, allowed are the sizes of current, {here!r}")
     first = placements[0]
     limits = Limits(
-        gain=_checked_number("gain", gain, above=0.0, most=1.0),
-        min_gain=_checked_number("min_gain", min_gain, least=0.0),
+        gain=checked_number("gain", gain, above=0.0, most=1.0),
+        min_gain=checked_number("min_gain", min_gain, least=0.0),
         max_moves=None if max_moves is None else whole_number("max_moves", max_moves, 0),
         max_bytes=None if max_bytes is None else whole_number("max_bytes", max_bytes, 0),
         expert_bytes=_checked_bytes(expert_bytes, first.n_logical),
-        horizon=None if horizon is None else _checked_number("horizon", horizon, above=0.0),
-        token_cost=None if token_cost is None else _checked_number("token_cost", token_cost, least=0.0),
-        byte_cost=None if byte_cost is None else _checked_number("byte_cost", byte_cost, least=0.0),
+        horizon=None if horizon is None else checked_number("horizon", horizon, above=0.0),
+        token_cost=None if token_cost is None else checked_number("token_cost", token_cost, least=0.0),
+        byte_cost=None if byte_cost is None else checked_number("byte_cost", byte_cost, least=0.0),
     )
     limits.check()
     if not isinstance(steady, (bool, np.bool_)):
@@ -163,7 +163,7 @@ def plan_change(
         placement.check_groups(size)
     ground = Ground(size, whole_number("n_nodes", n_nodes, 1))
     changes = [
-        _plan_layer(placement, rows, limits, ground, there, bool(steady))
+        plan_layer(placement, rows, limits, ground, there, bool(steady)).change
         for placement, rows, there in zip(placements, layers, targets, strict=True)
     ]
     return changes if many else changes[0]
@@ -172,26 +172,54 @@ def plan_change(
 # ---- one layer
 
 
-def _plan_layer(
-    current: Placement, rows: _Floats, limits: Limits, ground: Ground, target: Placement | None, steady: bool
-) -> Change:
-    """Plan the change of one layer; rows [batches, n_logical]."""
+class Found(NamedTuple):
+    """What was found for a layer."""
+
+    change: Change
+    judge: Judge
+    path: list[_Slots]
+    """Placements, each by a few moves from the one before, as far as the budgets go."""
+
+
+def survey(
+    current: Placement, rows: _Floats, limits: Limits, ground: Ground, steady: bool
+) -> tuple[Judge, Change, float]:
+    """Look at a layer's rows ``[n, n_logical]``, not all 0: their judge, the change that is none, what is to gain.
+
+    The change has a reason where nothing is to be looked for.
+    """
     scenarios = deal_out(rows)
     judge = Judge(current, scenarios, limits, ground)
     before, lost = judge.figure(judge.slots), float(judge.before.mean()) - 1.0
     stay = Change(current, (), _weight(limits, 0), before, before, None, *_no_time(limits), worth=False, reason="")
     if scenarios.few and not steady:
         n = len(scenarios.shown)
-        return replace(
-            stay,
-            reason=f"imbalance is {before:.4f} over {n} batch{'es' if n > 1 else ''}: fewer than {FEWEST_BATCHES} do "
-            "not show how loads vary; steady=True takes them as they are",
+        reason = (
+            f"imbalance is {before:.4f} over {n} batch{'es' if n > 1 else ''}: fewer than {FEWEST_BATCHES} do "
+            "not show how loads vary; steady=True takes them as they are"
         )
-    if lost < max(limits.min_gain, 1e-9):
-        return replace(stay, reason=f"imbalance is {before:.4f}: less than {limits.min_gain:g} is to gain at all")
-    if limits.max_moves == 0 or limits.max_bytes == 0:
-        return replace(stay, reason="the budget allows no move")
+    elif lost < max(limits.min_gain, 1e-9):
+        reason = f"imbalance is {before:.4f}: less than {limits.min_gain:g} is to gain at all"
+    elif limits.max_moves == 0 or limits.max_bytes == 0:
+        reason = "the budget allows no move"
+    else:
+        return judge, stay, lost
+    return judge, replace(stay, reason=reason), lost
 
+
+def plan_layer(
+    current: Placement,
+    rows: _Floats,
+    limits: Limits,
+    ground: Ground,
+    target: Placement | None = None,
+    steady: bool = False,
+) -> Found:
+    """Plan the change of one layer; rows ``[batches, n_logical]``, not all 0. As `plan_change`, without its checks."""
+    judge, stay, lost = survey(current, rows, limits, ground, steady)
+    if stay.reason:
+        return Found(stay, judge, [])
+    scenarios, before = judge.scenarios, stay.imbalance_before
     path = [p for p in _path(current, scenarios.search, lost, limits, ground) if judge.allows(p)]
     chosen = judge.rate(path[-1] if path else judge.slots)
     resolved: Candidate | None = None
@@ -215,15 +243,16 @@ def _plan_layer(
         stay = replace(stay, imbalance_resolve=judge.figure(resolved.phy2log))
     if chosen.n_moves == 0:
         within = "" if free else " within the budget"
-        return replace(stay, reason=f"imbalance is {before:.4f}, and no move{within} lowers it on the older batches")
+        reason = f"imbalance is {before:.4f}, and no move{within} lowers it on the older batches"
+        return Found(replace(stay, reason=reason), judge, path)
     if judge.doubt(chosen.gains, chosen.n_moves):  # fewer moves have to gain less
         shorter = (judge.rate(p) for p in path[: -1 - len(path) : -max(1, len(path) // _PREFIXES)])
         sure = (c for c in shorter if not judge.doubt(c.gains, c.n_moves))
         chosen = next(sure, chosen)
-    return _decide(stay, chosen, judge)
+    return Found(decide(stay, chosen, judge), judge, path)
 
 
-def _decide(stay: Change, chosen: Candidate, judge: Judge) -> Change:
+def decide(stay: Change, chosen: Candidate, judge: Judge) -> Change:
     """Move, or say why not."""
     limits, before, after = judge.limits, stay.imbalance_before, judge.figure(chosen.phy2log)
     n = chosen.n_moves
@@ -349,9 +378,10 @@ def _checked_placements(name: str, given: object, layers: _Floats, many: bool) -
     return placements
 
 
-def _checked_number(
+def checked_number(
     name: str, value: object, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
 ) -> float:
+    """Return a finite number within its bounds as a float, or say what it was and what is allowed."""
     number = real_number(name, value)
     if not (math.isfinite(number) and number >= least and number > above and number <= most):
         low = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
