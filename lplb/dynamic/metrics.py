@@ -1,8 +1,7 @@
 """What a `Rebalancer` does, for Prometheus: its statistics as metrics, read when they are scraped.
 
 Names and units follow Prometheus' conventions (https://prometheus.io/docs/practices/naming/): base units, and counters
-that end in ``_total``. The number of series is bounded by the number of layers: why a rebalance was skipped, which is a
-sentence with figures, becomes one of `REASONS`.
+that end in ``_total``. The number of series is bounded by the number of layers.
 """
 
 import math
@@ -20,20 +19,9 @@ __all__ = ["REASONS", "STAGES", "Observed", "RebalancerMetrics", "export", "reas
 STAGES = ("idle", "collect", "plan", "transfer", "commit", "wait", "closed", "failed")
 """What a rebalancer may be at: the states of ``lplb_stage``."""
 
-# In this order: a sentence that has marks of several is of the first.
-_MARKS = {
-    "held": ("held", "hold"),
-    "memory": ("memory", "allocat"),
-    "service": ("service", "scheduler", "connection", "answer"),
-    "timeout": ("timeout", "timed out", "too late", "watchdog"),
-    "few_batches": ("fewer than",),
-    "budget": ("budget",),
-    "no_loads": ("no load", "without load", "no token", "no row"),
-    "balanced": ("to gain at all",),
-    "no_gain": ("imbalance", "gain", "lower"),
-}
-REASONS = (*_MARKS, "other")
-"""Values of the label ``reason`` of ``lplb_skipped_rebalances_total``."""
+REASONS = ("no_gain", "loads", "plan", "memory", "transfer", "commit", "closed", "other")
+"""Where a cycle ended early: values of the label ``reason`` of ``lplb_skipped_rebalances_total``. The reason in words
+is in the log, and in ``stats().last_reason``."""
 
 
 class Observed(Protocol):
@@ -81,12 +69,10 @@ _SIMPLE = (
 )
 
 
-def reason_word(reason: str) -> str:
-    """Return the one of `REASONS` under which a reason comes; one of them stands for itself."""
-    if reason in REASONS:
-        return reason
-    lowered = reason.lower()
-    return next((word for word, marks in _MARKS.items() if any(mark in lowered for mark in marks)), "other")
+def reason_word(kind: str) -> str:
+    """Return the one of `REASONS` for a kind of reason, as the rebalancer's statistics have them."""
+    word = kind.replace(" ", "_")
+    return word if word in REASONS else "other"
 
 
 def export(rebalancer: Observed, registry: "CollectorRegistry | None" = None) -> "RebalancerMetrics":
@@ -152,13 +138,13 @@ def _families(stats: Any | None) -> "Iterator[Metric]":
             if not math.isnan(value):  # there are no loads yet
                 balance.add_metric([layer], value)
         times = Counter[str]()
-        for reason, n in stats.skipped.items():
-            times[reason_word(reason)] += n
+        for kind, n in stats.skipped.items():
+            times[reason_word(kind)] += n
         for word in REASONS:  # all from the start, so that rates are of something
             skipped.add_metric([word], times[word])
         stage.add_metric([], {name: name == stats.stage for name in STAGES})
     yield from (balance, skipped, stage)
     for simple in _SIMPLE:
-        kind = CounterMetricFamily if simple.kind == "counter" else GaugeMetricFamily
+        family = CounterMetricFamily if simple.kind == "counter" else GaugeMetricFamily
         value = None if stats is None else simple.read(stats)
-        yield kind(simple.name, simple.meaning, value=value, unit=simple.unit)
+        yield family(simple.name, simple.meaning, value=value, unit=simple.unit)
