@@ -154,6 +154,7 @@ def move_back_and_forth(rank, size, redundant, rounds):
                 for w, c in zip((block.weight1, block.weight2), complete_weights(i), strict=True)
             )
     alive = worker.is_alive()
+    dist.barrier()  # the first to exit ends it for all
     queue.put("exit")
     worker.join(1)
     return {
