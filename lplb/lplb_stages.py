@@ -97,6 +97,7 @@ class LplbStages:
     _speed: list[float]
     _fingerprint: tuple[int, int]
     _handle: int = -1  # what `ops` finds the planner by; none yet
+    _installed: int = 0  # placements so far
 
     @property
     def n_local_routed_experts(self) -> int:
@@ -309,9 +310,10 @@ class LplbStages:
         return Compiled(placement, phy2log, rules, speed, backend, fingerprint, self._as_it_is())
 
     def _as_it_is(self) -> tuple[object, ...]:
-        return self._handle, self._exchange, self._is_apart, self.ranks_per_node
+        return self._handle, self._installed, self._exchange, self._is_apart, self.ranks_per_node
 
     def _install(self, compiled: Compiled) -> None:
+        self._installed += 1
         self.placement = compiled.placement
         self.phy2log = compiled.phy2log
         self._rules = compiled.rules

@@ -57,8 +57,8 @@ class Planner(LplbStages):
       must still exist. What is captured waits for other streams of the same capture only: synchronise before it, and
       let no replay overlap with another replay or call of the same planner.
     - A captured graph uses the planner's memory. Keep the planner as long as the graph, and capture anew after
-      `update_redundancy_mapping`. Replays follow new indices, raise the counter and renew `last_plan`, but only calls
-      of the planner raise what went wrong in them.
+      `update_redundancy_mapping` and `replace_placement`. Replays follow new indices, raise the counter and renew
+      `last_plan`, but only calls of the planner raise what went wrong in them.
     - `solve`, `solve_probs`, `weighted_select_target` and `update_redundancy_mapping` check the values of their
       arguments, and wait for the device; so does every call with ``verbose``.
 
@@ -344,7 +344,8 @@ class Planner(LplbStages):
     def compiled_for(self, placement: Placement) -> Compiled:
         """Make another placement ready, for `replace_placement`. Local, for any thread; nothing of the planner changes.
 
-        It takes the time that a constructor takes, and on CUDA works on a stream of its own, which it waits for.
+        It takes the time that a constructor takes, and on CUDA works on a stream of its own, which it waits for. What
+        it returns serves once, and until the planner's placement changes otherwise.
 
         Args:
             placement: of as many ranks, physical and logical experts as the planner's, and group-closed.
@@ -383,7 +384,7 @@ class Planner(LplbStages):
             devices.refuse_capture(self.device, "replace_placement")
             if isinstance(placement, Compiled) and placement.made_for == self._as_it_is():
                 compiled = placement
-            else:  # from the beginning, also where a call between has changed how counts travel
+            else:  # from the beginning, also where the planner is not as it was then
                 other = placement.placement if isinstance(placement, Compiled) else placement
                 self._check_replacing(other)
                 compiled = self._compiled(other, self._speed)

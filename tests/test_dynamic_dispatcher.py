@@ -1,7 +1,10 @@
-"""The dispatcher of a layer: swaps and maps of many simulated ranks, permutations, staging, the planner that follows."""
+"""The dispatcher of a layer: swaps and maps of many simulated ranks, permutations, the planner that follows."""
 
+import contextlib
+import dataclasses
 import random
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -10,12 +13,15 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from pretend_cuda import pretend
 from test_distributed import batch, call, on_ranks
+from test_gpu_planner import need_gpu
 from test_weights import random_placement
 
 from lplb import Placement, Planner
 from lplb.dynamic.dispatcher import Dispatcher
-from lplb.dynamic.maps import ranks_asked
+from lplb.dynamic.maps import Maps, ranks_asked
+from lplb.dynamic.sources import Callback, Peers
 from lplb.dynamic.staging import Staging, arrivals, least_bytes, most_arrivals
 from lplb.weights import moves_between
 
@@ -224,7 +230,7 @@ def test_sources_ask_themselves_then_their_node_then_whom_few_ask(seed):
     n_ranks, n_slots = rng.choice([1, 4, 6, 12]), rng.choice([2, 3])
     per_node = rng.choice([1, 2, 3, 4, 100])
     placement = random_placement(rng, n_ranks, n_slots, rng.randint(n_slots, n_ranks * n_slots))
-    asked = ranks_asked(placement, per_node)
+    asked = np.stack([ranks_asked(placement, rank, per_node) for rank in range(n_ranks)])
     assert asked.shape == (n_ranks, placement.n_logical)
     for expert in range(placement.n_logical):
         holders = [r for r in range(n_ranks) if expert in experts_on(placement, r)]
@@ -251,7 +257,7 @@ def test_sources_ask_themselves_then_their_node_then_whom_few_ask(seed):
 def test_what_is_left_over_goes_to_other_ranks_for_other_experts():
     """Two copies of each of 60 experts on ranks 0 and 1; rank 2, with a dummy expert alone, asks one of them."""
     placement = Placement([*range(60), *range(60), *range(60, 120)], 3)
-    asked = ranks_asked(placement, 1)[2, :60]
+    asked = ranks_asked(placement, 2, 1)[:60]
     assert Counter(asked.tolist()) == {0: 30, 1: 30}
 
 
@@ -354,7 +360,7 @@ def test_what_is_staged_can_be_forgotten():
     dispatcher.stage(after, staging, 1)
     for refused in (lambda: dispatcher.stage(after, Staging(dispatcher.fields, 1), 2), staging.begin,
                     lambda: other.stage(after, staging, 1)):  # fmt: skip
-        with pytest.raises(RuntimeError, match="is staged|holds experts"):
+        with pytest.raises(RuntimeError, match=r"is staged|holds experts"):
             refused()
     other.unstage()
     assert not staging.released()
@@ -446,6 +452,181 @@ def test_staging_without_memory():
         Staging([torch.zeros(2)], 1)
 
 
+def test_another_placement_is_adopted_with_its_weights():
+    before, after = Placement([0, 1, 1, 2], 2), Placement([0, 2, 1, 2], 2)
+    planner = Planner.from_placement(before)
+    dispatcher = Dispatcher(before, [torch.tensor([0.0, 2.0])], 0, planner=planner)
+    permutation = dispatcher.get_expert_trans_tensor()
+    staging = Staging(dispatcher.fields, 1)
+    dispatcher.stage(after, staging, 3)
+    with pytest.raises(RuntimeError, match="epoch 3 is staged"):
+        dispatcher.adopt(after, 5)
+    dispatcher.unstage()
+    with pytest.raises(ValueError, match="n_ranks 1, allowed is 2"):
+        dispatcher.adopt(Placement([0, 1, 2, 3], 1), 5)
+    assert (dispatcher.placement, dispatcher.epoch, planner.placement) == (before, 0, before)
+    dispatcher.adopt(after, 5)
+    assert (dispatcher.placement, dispatcher.epoch, planner.placement) == (after, 5, after)
+    assert dispatcher.local_expert_list == [0, 2]
+    assert dispatcher.local_expert_indices_map.tolist() == [0, -1, 1]
+    assert permutation.argmax(0).tolist() == [0, 2, 1, 2]
+    assert dispatcher.fields.fields[0].tolist() == [0, 2]
+
+
+# Streams, played: what must have happened before what
+
+
+class Streams:
+    """What each stream has done or waited for by now; the host waits only where it says so."""
+
+    def __init__(self, monkeypatch):
+        self.current = self.main = set()
+        self.host_waits = 0
+        self.capturing = False
+        played = self
+
+        class Stream(set):
+            def __init__(self, device):
+                super().__init__()
+
+            def wait_event(self, event):
+                self.update(event.done)
+
+        class Event:
+            def __init__(self, **_):
+                self.done = set()
+
+            def record(self, stream=None):
+                self.done = set(played.current if stream is None else stream)
+
+            def synchronize(self):
+                played.host_waits += 1
+
+        @contextlib.contextmanager
+        def made_current(stream):
+            before, played.current = played.current, stream
+            yield
+            played.current = before
+
+        self.current = self.main = Stream(None)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", made_current)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+    def do(self, *what):
+        self.current.add(what)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    played = Streams(monkeypatch)
+    cuda = torch.device("cuda", 0)
+    allocated, taking, write = Staging._allocated, Staging.taking, Maps.write
+
+    def on_cpu(staging):
+        staging.device = torch.device("cpu")
+        fields = allocated(staging)
+        staging.device = cuda
+        return fields
+
+    @contextlib.contextmanager
+    def taken(staging):
+        with taking(staging):
+            yield
+            played.do("swap", staging)
+
+    monkeypatch.setattr(Staging, "_allocated", on_cpu)
+    monkeypatch.setattr(Staging, "taking", taken)
+
+    def written(maps, host):
+        assert {done for done in played.main if done == ("read maps", maps)} <= played.current
+        played.do("write maps", maps)
+        write(maps, host)
+
+    monkeypatch.setattr(Maps, "write", written)
+    renew = Dispatcher._renew_permutations  # what follows the copy of the maps
+    monkeypatch.setattr(
+        Dispatcher, "_renew_permutations", lambda self: (played.do("read maps", self._next_maps), renew(self))
+    )
+    return played
+
+
+def as_on_cuda(dispatcher):
+    """It takes itself to be on a device, which is played in host memory."""
+    dispatcher.device = dispatcher._cuda = torch.device("cuda", 0)
+    dispatcher.fields = dataclasses.replace(dispatcher.fields, device=dispatcher.device)
+    dispatcher._swapped = torch.cuda.Event()
+    return dispatcher
+
+
+def test_streams_wait_for_one_another_and_the_host_for_none(streams):
+    """Two layers share a staging: what is written, by whom, behind whose reading."""
+    rng = random.Random(4)
+    placements = [random_placement(rng, 2, 3, 4) for _ in range(6)]
+    layers = [as_on_cuda(dispatchers_for(placements[0])[0]) for _ in range(2)]
+    staging = Staging(layers[0].fields, 3)
+    transfer = staging.transfer_stream
+    for epoch, (before, after) in enumerate(pairwise(placements)):
+        if epoch > 3:  # nobody has taken from another one yet
+            staging = Staging(layers[0].fields, 3)
+            transfer = staging.transfer_stream
+        for dispatcher in layers if epoch <= 3 else layers[:1]:
+            swaps = {done for done in streams.main if done == ("swap", staging)}
+            found = arrivals(before, after, 0)
+
+            def load(layer, expert, into, epoch=epoch, swaps=swaps, transfer=transfer):
+                assert streams.current is transfer
+                assert swaps <= transfer  # all that has read the staging before
+                streams.do("fill", epoch, layer, expert)
+                for tensor, stored in zip(into, fields_for([expert]), strict=True):
+                    tensor.copy_(stored[0])
+
+            for step, _ in enumerate(Callback(load, 0).bring(layers.index(dispatcher), found.moves, staging), 1):
+                assert streams.host_waits == step  # what is yielded has come
+                assert streams.current is streams.main
+            dispatcher.stage(after, staging, epoch + 1)
+            assert streams.current is streams.main
+            filled = {done for done in transfer if done[0] != "swap"}
+            assert not found.slots or not filled <= streams.main
+            streams.host_waits = 0
+            streams.capturing = True
+            dispatcher.point.promise(dispatcher.steps + 1, 1)
+            dispatcher.point.agree()
+            assert dispatcher.check_consistency()
+            with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+                dispatcher.update_module_weight_and_map()
+            assert dispatcher.placement == before
+            streams.capturing = False
+            dispatcher.update_module_weight_and_map()
+            assert streams.host_waits == 0
+            assert filled <= streams.main  # the swap has waited for them
+            assert all(holds(dispatcher.fields.fields, s, e) for s, e in enumerate(experts_on(after, 0)))
+            streams.host_waits = 0
+
+
+def test_peers_read_behind_the_last_swap(streams):
+    """A transfer from live slots, into a staging that this layer's last swap has not used."""
+    placements = [Placement([0, 1, 2], 1), Placement([1, 2, 0], 1), Placement([2, 1, 0], 1)]
+    dispatcher = Dispatcher(placements[0], fields_for([0, 1, 2]), 0)
+    source = Peers([dispatcher])
+    as_on_cuda(dispatcher)
+    for epoch, (before, after) in enumerate(pairwise(placements), 1):
+        staging = Staging(dispatcher.fields, 3)
+        staging.device = torch.device("cpu")  # for the mover, which knows where the weights are
+        steps = source.bring(0, arrivals(before, after, 0).moves, staging)
+        assert {done for done in streams.main if done[0] == "swap"} <= staging.transfer_stream
+        assert len(list(steps)) == len(arrivals(before, after, 0).slots)
+        staging.device = dispatcher.device
+        dispatcher.stage(after, staging, epoch)
+        swap_now(dispatcher)
+        assert all(holds(dispatcher.fields.fields, s, e) for s, e in enumerate(experts_on(after, 0)))
+    assert streams.current is streams.main
+
+
 # The planner follows
 
 
@@ -472,6 +653,24 @@ def test_a_planner_of_another_placement_is_as_one_made_for_it():
         )
         with pytest.raises(ValueError, match="plan was made for another placement"):
             planner.assign(idx, old)
+    planner.replace_placement(placement)  # what has been used, and what another planner's is, is made anew
+    assert planner.last_plan is None
+    other = Planner.from_placement(first, solver="flow")
+    other.replace_placement(planner.compiled_for(second))
+    other.run(idx, None)
+    assert other.last_plan.solver == "flow"
+    assert planner.last_plan is None
+
+
+def test_a_planner_of_kernels_follows(monkeypatch):
+    """The CUDA backend, its kernels played."""
+    pretend(monkeypatch.setattr)
+    first, second = placements_for(4, 2)
+    planner, fresh = Planner.from_placement(first), Planner.from_placement(second)
+    idx = batch(1, (50, 4), 12)
+    planner.run(idx, None)
+    planner.replace_placement(planner.compiled_for(second))
+    assert torch.equal(planner.run(idx, None), fresh.run(idx, None))
 
 
 def test_replacing_is_refused_before_anything_changes():
@@ -521,7 +720,7 @@ def replace_but_on_one(rank, odd):
         compiled = planner.compiled_for(second)
         if rank != odd:
             planner.replace_placement(compiled)
-        calls = [call(lambda lag=lag: planner.run(idx, None, lag=lag)) for _ in range(2)]
+        calls = [call(partial(planner.run, idx, None, lag=lag)) for _ in range(2)]
         if rank == odd:
             planner.replace_placement(second)
         calls.append(call(planner.run, idx, None))  # with lag, the last call's exchange went wrong, too
@@ -544,3 +743,75 @@ def test_a_rank_that_does_not_replace_is_found_by_all(tmp_path):
         physical, idx = (np.concatenate([result[lag][k].numpy().ravel() for result in results]) for k in (1, 2))
         assert np.array_equal(physical < 0, idx < 0)
         assert np.array_equal(second.phy2log.numpy()[physical[idx >= 0]], idx[idx >= 0])
+
+
+# On a device
+
+
+def on_device(placement, rank, **settings):
+    fields = [[t.cuda() for t in field] for field in fields_for(experts_on(placement, rank))]
+    return Dispatcher(placement, fields, rank, **settings)
+
+
+def holds_on_device(dispatcher, experts):
+    fields = [[t.cpu() for t in field] for field in dispatcher.fields.fields]
+    return all(holds(fields, slot, expert) for slot, expert in enumerate(experts))
+
+
+@pytest.mark.gpu
+def test_swaps_on_a_device_while_it_is_busy():
+    need_gpu()
+    placements = [random_placement(random.Random(4), 2, 4, 6) for _ in range(5)]
+    dispatcher = on_device(placements[0], 0)
+    staging = Staging(dispatcher.fields, 4)
+    for epoch, after in enumerate(placements[1:], 1):
+        torch.cuda._sleep(200_000_000)
+        found = arrivals(dispatcher.placement, after, 0)
+        staging.begin()
+        with staging.filling():
+            bring(found.moves, staging, 0)
+        dispatcher.stage(after, staging, epoch)
+        torch.cuda._sleep(200_000_000)
+        update = swap_now(dispatcher)
+        assert not torch.cuda.current_stream().query()  # the host has not waited
+        assert update.local_expert_indices_map.tolist() == maps_by_brute_force(after, 0)[0]
+        assert holds_on_device(dispatcher, experts_on(after, 0))
+
+
+@pytest.mark.gpu
+def test_captured_graphs_see_the_new_placement():
+    need_gpu()
+    before, after = Placement([0, 1, 1, 2], 2), Placement([0, 2, 1, 2], 2)
+    weight = torch.nn.Parameter(torch.tensor([[1.0], [2.0]], device="cuda"))
+    dispatcher = Dispatcher(before, [weight], 0)
+    permutation = dispatcher.get_expert_trans_tensor()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        seen = [weight + 0, dispatcher.device_indices_map + 0, dispatcher.log2phy + 0, permutation.argmax(0)]
+    staging = Staging(dispatcher.fields, 1)
+    staging.begin()
+    with staging.filling():
+        staging.fields[0].fill_(3.0)
+    dispatcher.stage(after, staging, 1)
+    for placement, values in ((before, [1, 2]), (after, [1, 3])):
+        if placement is after:
+            swap_now(dispatcher)
+        graph.replay()
+        assert seen[0].flatten().tolist() == values
+        assert seen[1].tolist() == ranks_asked(placement, 0, dispatcher.ranks_per_node).tolist()
+        assert [[s for s in row if s >= 0] for row in seen[2].tolist()] == maps_by_brute_force(placement, 0)[1]
+        assert seen[3].tolist() == placement.phy2log.tolist()
+
+
+@pytest.mark.gpu
+def test_a_planner_on_a_device_follows():
+    need_gpu()
+    first, second = placements_for(4, 2)
+    planner, fresh = (Planner.from_placement(placement, device="cuda") for placement in (first, second))
+    idx = batch(1, (50, 4), 12).cuda()
+    planner.run(idx, None)
+    planner.replace_placement(planner.compiled_for(second))
+    assert torch.equal(planner.run(idx, None), fresh.run(idx, None))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="replace_placement"):
+        planner.replace_placement(first)

@@ -138,12 +138,12 @@ class Client:
     def _ask(self, problem: Problem, epoch: int, deadline: float) -> tuple[LayerPlan, ...]:
         import zmq
 
+        epoch = whole_number("epoch", epoch, 0, 2**63 - 1)
         envelope = Envelope("ask", os.urandom(16), self._model, epoch, problem.digest(), self._rank, self._size)
         body = wire.encode_problem(problem)  # on all ranks, so that all refuse what is too large
-        envelope.pack("ask")
         if self._context is None:
             self._context = zmq.Context()
-        dealer = self._context.socket(zmq.DEALER)
+        dealer, monitor = self._context.socket(zmq.DEALER), None
         try:
             self._set_up(dealer)
             monitor = dealer.get_monitor_socket(
@@ -159,6 +159,8 @@ class Client:
         finally:
             dealer.disable_monitor()
             dealer.close(linger=0)
+            if monitor is not None:
+                monitor.close(linger=0)
 
     def _set_up(self, dealer: zmq.Socket[Any]) -> None:
         import zmq
@@ -166,7 +168,7 @@ class Client:
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.IMMEDIATE, 1),  # nothing waits for a scheduler that is not there
-            (zmq.MAXMSGSIZE, wire.MOST_ANSWER_BYTES + 2**10),
+            (zmq.MAXMSGSIZE, wire.MOST_FRAME_BYTES),
             (zmq.HANDSHAKE_IVL, _CONNECT_MS),
             (zmq.CONNECT_TIMEOUT, _CONNECT_MS),
             (zmq.RECONNECT_IVL, 50),
@@ -197,6 +199,7 @@ class _Asking:
         self._client, self._dealer, self._monitor = client, dealer, monitor
         self._problem, self._envelope, self._body = problem, envelope, body
         self._send_problem = body is not None
+        self._most_frames = wire.frames_of_plans(len(problem.placements), problem.placements[0].n_physical)
         self._pause = _FIRST_RETRY
         self._connected = False
         self._news = f"nothing answers at {client._address}"
@@ -284,6 +287,8 @@ class _Asking:
         envelope, asked = wire.decode_envelope(frames), self._envelope
         if envelope.request != asked.request:  # late, or twice
             return None
+        if len(frames) > self._most_frames:
+            raise wire.Rubbish(f"{len(frames)} frames, allowed are {self._most_frames}")
         if envelope.key != asked.key:
             raise wire.Rubbish(
                 f"an answer of model {envelope.model!r}, epoch {envelope.epoch}, problem {envelope.digest:.8}, "

@@ -71,7 +71,8 @@ class Dispatcher:
     new placement; make both calls outside of the capture, and once before every replay. A swap is local, and the host
     does not wait in it for the device, but for work that a planner on the CPU has in the background (``lag=1``).
 
-    Between the transfer of an expert and the swap its weights must not change, as an optimizer would change them.
+    Between the transfer of an expert and the swap its weights must not change, as an optimizer would change them; and
+    autograd refuses a backward pass through a forward pass from before the swap.
 
     Args:
         placement: where the experts are at first; the same on every rank.
@@ -235,17 +236,48 @@ class Dispatcher:
         )
 
     def _swap(self, staged: _Staged) -> None:
-        with _made_current(self._cuda), quiet(self._inference), staged.staging.taking():
-            for field, come in zip(self.fields.fields, staged.staging.fields, strict=True):
-                for place, slot in enumerate(staged.slots):
-                    field[slot].copy_(come[place])
+        with _made_current(self._cuda), quiet(self._inference):
+            with staged.staging.taking():
+                for field, come in zip(self.fields.fields, staged.staging.fields, strict=True):
+                    for place, slot in enumerate(staged.slots):
+                        field[slot].copy_(come[place])
             self._maps.flat.copy_(self._next_maps.flat, non_blocking=True)
-            for (_, device), permutation in list(self._permutations.items()):
-                if device == self.device:
-                    self._write_permutation(permutation, self.phy2log)
+            self._renew_permutations()
             if self._swapped is not None:
                 self._swapped.record()
+
+    def _renew_permutations(self) -> None:
         self._permutations = {key: kept for key, kept in self._permutations.items() if key[1] == self.device}
+        for permutation in self._permutations.values():
+            self._write_permutation(permutation, self.phy2log)
+
+    def adopt(self, placement: Placement, epoch: int) -> None:
+        """Take another placement for the live one: its experts are in the slots, as after loading a checkpoint.
+
+        Local, between two forward passes; call it on every rank. On CUDA the host waits for the current stream.
+
+        Args:
+            placement: of the sizes of the live one.
+            epoch: of the cycle that it is from.
+
+        Raises:
+            TypeError, ValueError: an argument is not allowed.
+            RuntimeError: another placement is staged.
+        """
+        if self._staged is not None:
+            raise RuntimeError(f"epoch {self._staged.epoch} is staged, allowed is while nothing is; see unstage()")
+        check_sizes("placement", placement, self.placement)
+        epoch = whole_number("epoch", epoch, 0)
+        host = tables(placement, self.rank, self.ranks_per_node)
+        if self.planner is not None:
+            self.planner.replace_placement(placement)
+        with _made_current(self._cuda), quiet():
+            self._maps.write(host)
+            self._renew_permutations()
+            if self._swapped is not None:
+                self._swapped.record()
+        self.placement, self.epoch = placement, epoch
+        self.local_expert_list = self._experts_of(placement)
 
     # ---- routing
 

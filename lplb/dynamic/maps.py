@@ -11,40 +11,69 @@ __all__ = ["Maps", "ranks_asked", "tables"]
 _ALIGNMENT = 4  # int32 entries: tables begin at multiples of 16 bytes, as kernels like to read them
 
 
-def ranks_asked(placement: Placement, ranks_per_node: int) -> npt.NDArray[np.int32]:
-    """Say which rank each source sends an expert's tokens to, if it may send them to one rank alone.
+def ranks_asked(placement: Placement, rank: int, ranks_per_node: int) -> npt.NDArray[np.int32]:
+    """Say which rank a source sends each expert's tokens to, if it may send them to one rank alone.
 
-    A rank that has the expert asks itself, others a rank of their own node, where one has it, and what is left asks
-    the copies that the fewest sources ask so far. Among equals copy ``e`` (modulo the number of copies) of expert
-    ``e`` comes first, so that no rank gets what is left over of every expert. The copies of a node are asked by
-    numbers of its ranks that differ by one at most.
+    A rank that has the expert asks itself. One whose node has it asks there: the ranks of a node that lack it take its
+    copies on the node in turn. What is left, in the order of ranks, asks whichever copy the fewest sources ask so far.
+    Among equals copy ``e`` (modulo the number of copies) of expert ``e`` comes first, so that no rank gets what is left
+    over of every expert.
 
     Args:
         placement: where the experts are.
+        rank: the source.
         ranks_per_node: consecutive ranks that are one node.
 
     Returns:
-        int32 ``[n_ranks, n_logical]``, ranks.
+        int32 ``[n_logical]``, ranks.
     """
-    slots = placement.log2phy.numpy()
-    n_logical, most = slots.shape
-    held = slots >= 0
-    rank_of = np.where(held, slots // placement.slots_per_rank, -1)
-    node_of = np.where(held, rank_of // ranks_per_node, -1)
-    turn = (np.arange(most) - np.arange(n_logical)[:, None]) % placement.logcnt.numpy()[:, None].astype(np.int64)
-    taken = held.astype(np.int64)  # by their own ranks
-    asked = np.full((placement.n_ranks, n_logical), -1, dtype=np.int32)
-    asked[placement.rank_of.numpy(), placement.phy2log.numpy()] = placement.rank_of.numpy()
-    for far in (False, True):
-        for rank in range(placement.n_ranks):
-            on_node = node_of == rank // ranks_per_node
-            experts = np.flatnonzero((asked[rank] < 0) & (on_node.any(1) != far))
-            allowed = (held if far else on_node)[experts]
-            order = taken[experts] * most + turn[experts]
-            copy = np.where(allowed, order, np.iinfo(np.int64).max).argmin(1)
-            taken[experts, copy] += 1
-            asked[rank, experts] = rank_of[experts, copy]
+    copies = _Copies(placement, ranks_per_node)
+    own, on_node = copies.rank == rank, copies.node == rank // ranks_per_node
+    lacking = rank % ranks_per_node - (on_node & (copies.rank < rank)).sum(1)  # ranks of the node before this one
+    near = on_node & (copies.position == lacking[:, None] % copies.on_node)
+    chosen = np.where(on_node.any(1, keepdims=True), near, copies.asked_from_afar(rank))
+    chosen = np.where(own.any(1, keepdims=True), own, chosen)
+    asked: npt.NDArray[np.int32] = copies.rank[chosen].astype(np.int32)
     return asked
+
+
+class _Copies:
+    """Tables ``[n_logical, copies]`` of an expert's copies, in the order in which they are asked among equals."""
+
+    def __init__(self, placement: Placement, ranks_per_node: int) -> None:
+        slots = placement.log2phy.numpy().astype(np.int64)
+        n_logical, most = slots.shape
+        count = placement.logcnt.numpy().astype(np.int64)[:, None]
+        turn = (np.arange(most) - np.arange(n_logical)[:, None]) % count
+        turn[slots < 0] = most  # padding comes last
+        slots = np.take_along_axis(slots, turn.argsort(1, kind="stable"), 1)
+        self.held = slots >= 0
+        self.rank = np.where(self.held, slots // placement.slots_per_rank, -1)
+        self.node = np.where(self.held, self.rank // ranks_per_node, -1)
+        self.first = self.node * ranks_per_node  # rank of its node
+        self.node_size = np.minimum(ranks_per_node, placement.n_ranks - self.first)
+        same_node = self.node[:, :, None] == self.node[:, None, :]
+        self.on_node = same_node.sum(2)  # copies, itself included
+        self.position = np.tril(same_node, -1).sum(2)  # among those
+
+    def asked_from_afar(self, rank: int) -> npt.NDArray[np.bool_]:
+        """Which copy, one in each row, a rank asks whose node lacks the expert."""
+        lacking = self.node_size - self.on_node
+        taken = 1 - (self.position - lacking) // self.on_node  # by itself and its share of its node's, rounded up
+        # this rank is the nth that asks from afar: not counted are the nodes that have the expert
+        ahead = np.clip(rank - self.first, 0, self.node_size) * (self.held & (self.position == 0))
+        nth = rank - ahead.sum(1)
+        # copy c is asked for the (taken[c] + i)-th time at level taken[c] + i; levels fill one after the other
+        low = np.where(self.held, taken, np.iinfo(np.int64).max).min(1)
+        high = low + nth + 1
+        while (high - low > 1).any():
+            middle = (low + high) // 2
+            full = (np.maximum(middle[:, None] - taken, 0) * self.held).sum(1) <= nth
+            low, high = np.where(full, middle, low), np.where(full, high, middle)
+        nth_at_level = nth - (np.maximum(low[:, None] - taken, 0) * self.held).sum(1)
+        has_room = self.held & (taken <= low[:, None])
+        chosen: npt.NDArray[np.bool_] = has_room & (has_room.cumsum(1) == nth_at_level[:, None] + 1)
+        return chosen
 
 
 def tables(placement: Placement, rank: int, ranks_per_node: int) -> dict[str, npt.NDArray[np.int32]]:
@@ -56,7 +85,7 @@ def tables(placement: Placement, rank: int, ranks_per_node: int) -> dict[str, np
     log2phy = np.full((placement.n_logical, most), -1, dtype=np.int32)
     log2phy[:, : placement.log2phy.shape[1]] = placement.log2phy.numpy()
     return {
-        "device_indices_map": ranks_asked(placement, ranks_per_node)[rank],
+        "device_indices_map": ranks_asked(placement, rank, ranks_per_node),
         "local_expert_indices_map": local,
         "phy2log": placement.phy2log.numpy(),
         "log2phy": log2phy,

@@ -37,7 +37,7 @@ _JOIN = 5.0  # seconds that an end waits for a plan under way
 _MOST_ENTRIES = 64
 _MOST_QUEUED = 4  # problems in memory, beside the one that is planned
 _MESSAGES_AT_ONCE = 64  # before the loop looks at other things
-_LEAST_FRAME_BYTES = 2**20 + 2**10  # a body, and what CURVE adds to it
+_MOST_PROBLEM_FRAMES = 2**10  # 1 GiB
 
 Key = tuple[str, int, str]
 """Model, epoch and digest: what an answer is for."""
@@ -76,26 +76,17 @@ class Flags:
         whole_number("redundant", self.redundant, 0, most)
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}, allowed are {', '.join(MODES)}")
-        if self._table_bytes > wire.MOST_ANSWER_BYTES:
+        if self.most_frames > _MOST_PROBLEM_FRAMES:
             raise ValueError(
-                f"block_num is {self.block_num}, allowed for {self.n_physical} slots are "
-                f"{wire.MOST_ANSWER_BYTES // 4 // self.n_physical}"
+                f"block_num is {self.block_num}, which for {self.expert_num} experts takes messages of up to "
+                f"{self.most_frames} MiB, allowed are {_MOST_PROBLEM_FRAMES}"
             )
 
     @property
-    def n_physical(self) -> int:
-        """Slots of a layer."""
-        return self.expert_num + self.world_size * self.redundant
-
-    @property
-    def _table_bytes(self) -> int:
-        return 4 * self.block_num * self.n_physical
-
-    @property
-    def most_frame_bytes(self) -> int:
-        """Largest frame of a problem that fits: the loads by rows or by ranks, or the placements."""
-        loads = 8 * self.block_num * self.expert_num * max(wire.MOST_ROWS, self.world_size)
-        return max(_LEAST_FRAME_BYTES, loads + 2**10, self._table_bytes + 2**10)
+    def most_frames(self) -> int:
+        """Of a message with a problem."""
+        slots = self.expert_num + self.world_size * self.redundant
+        return wire.frames_of_problem(self.block_num, self.world_size, self.expert_num, slots)
 
     def check(self, problem: Problem) -> None:
         """Refuse a problem that this scheduler was not started for.
@@ -250,7 +241,13 @@ class _Planning:
     def _answer(self, envelope: Envelope, problem: Problem) -> _Answer:
         try:
             self._flags.check(problem)
-            return _Answer("plan", wire.encode_plans(self._plan(self._flags.limited(problem))))
+            began = time.monotonic()
+            plans = self._plan(self._flags.limited(problem))
+            _log.info(
+                "model %r, epoch %d: %d of %d layers are to change; planned in %.3g s",
+                envelope.model, envelope.epoch, sum(p.worth for p in plans), len(plans), time.monotonic() - began,
+            )  # fmt: skip
+            return _Answer("plan", wire.encode_plans(plans))
         except (TypeError, ValueError) as error:
             reason = str(error)
         except Exception as error:
@@ -371,7 +368,7 @@ class Scheduler:
 
         for option, value in (
             (zmq.LINGER, 0),
-            (zmq.MAXMSGSIZE, self.flags.most_frame_bytes),
+            (zmq.MAXMSGSIZE, wire.MOST_FRAME_BYTES),
             (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
             (zmq.HEARTBEAT_TIMEOUT, _LOST_MS),
@@ -456,8 +453,8 @@ class Scheduler:
         envelope = wire.decode_envelope(frames)
         if envelope.kind not in ("ask", "problem") or (envelope.kind == "ask" and len(frames) != 1):
             raise wire.Rubbish(f"a message of kind {envelope.kind!r} with {len(frames)} frames")
-        if envelope.size != self.flags.world_size:
-            reason = f"the scheduler was started with --world_size {self.flags.world_size}, asks are {envelope.size}"
+        reason = self._misfit(envelope, len(frames))
+        if reason:
             self._send(router, client, envelope, _Answer("refused", wire.encode_reason(reason)))
             return
         entry = self._board.entry(envelope.key, time.monotonic())
@@ -472,6 +469,20 @@ class Scheduler:
             planner.put(_Job(client, envelope, frames, entry))
         state = "planning" if entry.planning else "busy" if planner.full else "missing"
         self._send(router, client, envelope, _Answer("wait", wire.encode_state(state)))
+
+    def _misfit(self, envelope: Envelope, n_frames: int) -> str:
+        """Why a message cannot be for this scheduler, before its body is read; empty if it can."""
+        flags = self.flags
+        if envelope.size != flags.world_size:
+            return (
+                f"the scheduler was started with --world_size {flags.world_size}, the model has {envelope.size} ranks"
+            )
+        if n_frames > flags.most_frames:
+            return (
+                f"the problem takes {n_frames} MiB, allowed for --block_num {flags.block_num} and --expert_num "
+                f"{flags.expert_num} are {flags.most_frames}"
+            )
+        return ""
 
     def _send(self, router: zmq.Socket[Any], client: bytes, envelope: Envelope, answer: _Answer) -> None:
         import zmq

@@ -1,8 +1,9 @@
 """Messages between a scheduler and its clients: what they hold, how large they may be, and what is refused.
 
 A message is a list of frames. The first is the envelope: who asks, for the plan of which model, epoch and problem; an
-answer repeats it. The second is a body of numbers and words; the rest are raw arrays, little-endian, in an order that
-the kind of message fixes, with dtype and shape in the body. Envelope and body are msgpack. Nothing that is received is
+answer repeats it. The second is a body of numbers and words; the rest are raw arrays, little-endian, one behind the
+other in an order that the kind of message fixes, with dtype and shape in the body, cut into frames of 1 MiB: a socket
+need not hold more for anybody who has not shown the key. Envelope and body are msgpack. Nothing that is received is
 run, and nothing is used before its type, size and value have been checked: what fails is `Rubbish`.
 
     kind       body                                        arrays
@@ -29,8 +30,8 @@ from lplb.dynamic.planning import LayerPlan, Problem, Settings
 from lplb.placement import Placement
 
 __all__ = [
-    "MOST_ANSWER_BYTES",
     "MOST_EXPERTS",
+    "MOST_FRAME_BYTES",
     "MOST_LAYERS",
     "MOST_RANKS",
     "MOST_ROWS",
@@ -49,6 +50,8 @@ __all__ = [
     "encode_problem",
     "encode_reason",
     "encode_state",
+    "frames_of_plans",
+    "frames_of_problem",
     "version_frame",
 ]
 
@@ -58,9 +61,10 @@ STATES = ("missing", "planning", "busy")
 """Of a problem at the scheduler: rank 0 has not sent it; it is planned or in the queue; the queue is full."""
 
 MOST_LAYERS, MOST_ROWS, MOST_RANKS, MOST_EXPERTS = 1024, 512, 2**14, 2**14
-MOST_ANSWER_BYTES = 2**26  # of one frame; 1024 layers with 16,384 slots
-_MOST_FRAMES = 6
-_ENVELOPE_BYTES, _BODY_BYTES = 2**11, 2**20
+MOST_FRAME_BYTES = 2**20 + 2**10
+"""For `zmq.MAXMSGSIZE`: a full frame, and what CURVE adds to it."""
+
+_ENVELOPE_BYTES, _BODY_BYTES, _PIECE_BYTES = 2**11, 2**20, 2**20
 _MODEL_LENGTH, _DIGEST_LENGTH, _REASON_LENGTH = 200, 128, 1000  # characters
 _REQUEST_BYTES = 16
 
@@ -149,10 +153,10 @@ def decode_envelope(frames: Sequence[bytes]) -> Envelope:
 
     Raises:
         OtherProtocol: the message is of another version.
-        Rubbish: too many frames, or the first is no envelope.
+        Rubbish: the first frame is no envelope.
     """
-    if not 1 <= len(frames) <= _MOST_FRAMES:
-        _rubbish(f"{len(frames)} frames, allowed are 1 to {_MOST_FRAMES}")
+    if not frames:
+        _rubbish("a message without frames")
     content = _unpacked("envelope", frames[0], _ENVELOPE_BYTES)
     version, request = content.pop("lplb", None), content.get("request")
     if type(version) is not int or type(request) is not bytes:
@@ -164,6 +168,20 @@ def decode_envelope(frames: Sequence[bytes]) -> Envelope:
     envelope = Envelope(**content)
     _check_envelope(envelope)
     return envelope
+
+
+def frames_of_problem(n_layers: int, n_ranks: int, n_logical: int, n_physical: int) -> int:
+    """Most frames that the problem of such a model needs."""
+    return _frames_for(n_layers * (4 * n_physical + 8 * n_logical * (MOST_ROWS + n_ranks)))
+
+
+def frames_of_plans(n_layers: int, n_physical: int) -> int:
+    """Frames that the plans of such a model need."""
+    return _frames_for(n_layers * (4 * n_physical + 1 + 16 + 8))
+
+
+def _frames_for(n_bytes: int) -> int:
+    return 2 - n_bytes // -_PIECE_BYTES
 
 
 # ---- problems
@@ -208,7 +226,8 @@ def decode_problem(frames: Sequence[bytes]) -> Problem:
     settings = _checked_settings(body["settings"])
     if len(body["arrays"]) not in (2, 3):
         _rubbish(f"{len(body['arrays'])} arrays, allowed are placements, history and sources")
-    table, history, *more = _arrays(body["arrays"], frames[2:], [("<i4", 2), ("<i4 <i8", 3), ("<i4 <i8", 3)])
+    allowed = [("<i4", 2), ("<i4 <i8", 3), ("<i4 <i8", 3)][: len(body["arrays"])]
+    table, history, *more = _arrays(body["arrays"], frames[2:], allowed)
     layers = len(table)
     if not 1 <= layers <= MOST_LAYERS:
         _rubbish(f"{layers} layers, allowed are 1 to {MOST_LAYERS}")
@@ -272,9 +291,8 @@ def decode_plans(frames: Sequence[bytes], problem: Problem) -> tuple[LayerPlan, 
     if len(reasons) != layers or not all(type(r) is str and len(r) <= _REASON_LENGTH for r in reasons):
         _rubbish(f"{len(reasons)} reasons, allowed are {layers} texts of at most {_REASON_LENGTH} characters")
     slots = problem.placements[0].n_physical
-    table, worth, imbalances, moves = _arrays(
-        body["arrays"], frames[2:], [("<i4", 2), ("|u1", 1), ("<f8", 2), ("<i8", 1)], exactly=4
-    )
+    allowed = [("<i4", 2), ("|u1", 1), ("<f8", 2), ("<i8", 1)]
+    table, worth, imbalances, moves = _arrays(body["arrays"], frames[2:], allowed)
     for name, array, shape in (
         ("placements", table, (layers, slots)),
         ("worth", worth, (layers,)),
@@ -366,7 +384,8 @@ def _encoded(body: dict[str, Any], arrays: Sequence[npt.NDArray[Any]] = ()) -> F
     packed: bytes = msgpack.packb(body)
     if len(packed) > _BODY_BYTES:
         raise ValueError(f"the body of a message has {len(packed)} bytes, allowed are {_BODY_BYTES}")
-    return [packed, *(array.tobytes() for array in arrays)]
+    raw = b"".join(array.tobytes() for array in arrays)
+    return [packed, *(raw[i : i + _PIECE_BYTES] for i in range(0, len(raw), _PIECE_BYTES))]
 
 
 def _unpacked(name: str, frame: bytes, most: int) -> dict[str, Any]:
@@ -397,8 +416,8 @@ def _body(frames: Sequence[bytes], kinds: dict[str, type]) -> dict[str, Any]:
         _rubbish("a message without a body")
     body = _unpacked("body", frames[1], _BODY_BYTES)
     _check_fields("body", body, kinds)
-    if len(frames) - 2 != len(body.get("arrays", ())):
-        _rubbish(f"{len(frames) - 2} frames of arrays, described are {len(body.get('arrays', ()))}")
+    if len(frames) > 2 and "arrays" not in kinds:
+        _rubbish(f"{len(frames) - 2} frames of arrays, allowed are none")
     return body
 
 
@@ -411,26 +430,32 @@ def _check_fields(name: str, content: dict[str, Any], kinds: dict[str, type]) ->
 
 
 def _arrays(
-    described: list[Any], frames: Sequence[bytes], allowed: Sequence[tuple[str, int]], exactly: int | None = None
+    described: list[Any], pieces: Sequence[bytes], allowed: Sequence[tuple[str, int]]
 ) -> list[npt.NDArray[Any]]:
-    """Arrays that share the frames' memory, read-only; ``allowed`` has dtypes and dimensions."""
-    if exactly is not None and len(described) != exactly:
-        _rubbish(f"{len(described)} arrays, allowed are {exactly}")
-    return [_array(d, frame, *a) for d, frame, a in zip(described, frames, allowed, strict=False)]
+    """Arrays from their raw bytes, read-only; ``allowed`` has their dtypes, and how many dimensions."""
+    if len(described) != len(allowed):
+        _rubbish(f"{len(described)} arrays, allowed are {len(allowed)}")
+    found = [_checked_shape(entry, *kind) for entry, kind in zip(described, allowed, strict=True)]
+    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in found]
+    if sum(sizes) != sum(len(piece) for piece in pieces):
+        _rubbish(f"arrays of {sum(len(piece) for piece in pieces)} bytes, described are {sizes}")
+    raw = b"".join(pieces)
+    ends = np.cumsum(sizes)
+    return [
+        np.frombuffer(raw[end - size : end], dtype=dtype).reshape(shape)
+        for (dtype, shape), size, end in zip(found, sizes, ends, strict=True)
+    ]
 
 
-def _array(described: object, frame: bytes, dtypes: str, dimensions: int) -> npt.NDArray[Any]:
+def _checked_shape(described: object, dtypes: str, dimensions: int) -> tuple[str, list[int]]:
     if not isinstance(described, list) or len(described) != 2 or not isinstance(described[1], list):
         _rubbish("an array without dtype and shape")
     dtype, shape = described
     if type(dtype) is not str or dtype not in dtypes.split():
         _rubbish(f"an array of dtype {dtype!r:.40}, allowed are {dtypes}")
-    if len(shape) != dimensions or not all(type(n) is int and 0 <= n <= 2**31 for n in shape):
-        _rubbish(f"an array of shape {str(shape)[:80]}, allowed are {dimensions} dimensions")
-    if math.prod(shape) * np.dtype(dtype).itemsize != len(frame):
-        _rubbish(f"an array of {len(frame)} bytes, described are {dtype} {shape}")
-    array: npt.NDArray[Any] = np.frombuffer(frame, dtype=dtype).reshape(shape)
-    return array
+    if len(shape) != dimensions or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+        _rubbish(f"an array of shape {shape!r:.80}, allowed are {dimensions} dimensions")
+    return dtype, shape
 
 
 def _table(placements: Sequence[Placement]) -> npt.NDArray[np.int32]:
