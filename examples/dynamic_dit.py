@@ -13,6 +13,8 @@ patches are whole numbers, so the images have to be equal to the last bit.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import math
 import os
 import sys
@@ -41,8 +43,8 @@ SIDE = 32  # the image has SIDE x SIDE patches, a quarter of its rows on each ra
 WIDTH, HIDDEN, TOP_K = 32, 64, 2
 PHASES = ("layout", "shapes", "details")  # thirds of the denoising
 MODULUS = 17  # patches are whole numbers from -8 to 8, so that sums are exact in any order
-# An image takes a second or two: so look often, and at few steps. A model's own pace is slower.
-PACE = {"interval": 4, "window": 8, "poll": 0.002, "steady": True}
+# A phase is over in a second here: so look at few steps, often, and swap soon. The defaults are for longer ones.
+PACE = {"interval": 2, "window": 6, "steady": True, "ahead": 4, "poll": 0.002, "layers_at_once": 64}
 INK, FADED = "#24292f", "#6e7781"
 
 
@@ -151,7 +153,7 @@ class Denoiser(nn.Module):
         # What every expert is worth to every phase, and to the patches of the region beyond that.
         shape = arguments.layers, len(PHASES), n
         self.taste = 1.5 * torch.randn(shape, generator=random, dtype=torch.float64)
-        self.liking = 6 * (torch.rand(shape, generator=random) < 0.2).double()
+        self.liking = 6 * (torch.rand(shape, generator=random) < 0.15).double()
 
         def weights(*shape: int) -> Tensor:
             return torch.randint(-1, 2, shape, generator=random).double()
@@ -186,9 +188,9 @@ def in_region(at: Tensor, done: float) -> Tensor:
 
 
 def phase_mix(done: float) -> Tensor:
-    """How much each phase counts, ``[1, phases]``: all of one in its middle, a blend in between."""
+    """How much each phase counts, ``[1, phases]``: all of one for a while, then less and less, as the next comes."""
     position = min(max(done * len(PHASES) - 0.5, 0.0), len(PHASES) - 1.0)
-    return (1 - (torch.arange(len(PHASES), dtype=torch.float64) - position).abs()).clamp(min=0).unsqueeze(0)
+    return (1.5 - 2 * (torch.arange(len(PHASES), dtype=torch.float64) - position).abs()).clamp(0, 1).unsqueeze(0)
 
 
 # ---- the runs
@@ -208,24 +210,21 @@ class Run:
     """Of this rank's rebalancer at the end."""
 
 
-def make_image(arguments: argparse.Namespace, placements: Sequence[Placement], variant: Variant) -> Run:
-    """Denoise the image. Collective."""
-    model = Denoiser(arguments, placements, variant.lp)
+def make_image(model: Denoiser, rebalancer: Rebalancer | None, arguments: argparse.Namespace) -> Run:
+    """Denoise the image, and end rebalancing. Collective."""
     x, at = first_noise(arguments.seed)
-    images, live = [], []
-    rebalancer = Rebalancer(model, dist.group.WORLD, **PACE) if variant.dynamic else None
-    try:
+    images, live = [], [[layer.dispatcher.placement for layer in model.layers]]
+    with contextlib.ExitStack() as ending:
+        if rebalancer is not None:
+            ending.callback(rebalancer.close)
+            rebalancer.start()
         for step in range(arguments.steps):
             x = model(x, step, at)
             images.append(x)
             live.append([layer.dispatcher.placement for layer in model.layers])
         stats = None if rebalancer is None else rebalancer.stats()
-    finally:
-        if rebalancer is not None:
-            rebalancer.close()
     received = gathered(torch.tensor([layer.received for layer in model.layers]))
-    before = [list(placements), *live]
-    swaps = [step for step, now in enumerate(live) if now != before[step]]
+    swaps = [step for step, (before, now) in enumerate(itertools.pairwise(live)) if now != before]
     return Run(received.permute(2, 1, 0), torch.stack(images), swaps, stats)
 
 
@@ -239,15 +238,15 @@ def first_noise(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def placed_once(arguments: argparse.Namespace) -> list[Placement]:
-    """A placement for each layer, by the loads of another image. Collective."""
+    """What EPLB makes of the mean loads of another image, for each layer. Collective."""
     in_order = Placement(list(range(arguments.experts)), N_RANKS)
     model = Denoiser(arguments, [in_order] * arguments.layers, lp=False)
     x, at = first_noise(arguments.seed + 1)
     for step in range(arguments.steps):
         x = model(x, step, at)
-    loads = torch.stack([torch.stack(layer.asked) for layer in model.layers])
+    loads = torch.stack([sum(layer.asked) for layer in model.layers])
     dist.all_reduce(loads)
-    return place(loads, n_ranks=N_RANKS, n_physical=arguments.experts + N_RANKS * SPARE)
+    return place(loads[:, None], n_ranks=N_RANKS, n_physical=arguments.experts + N_RANKS * SPARE, policy="eplb")
 
 
 def gathered(own: Tensor) -> Tensor:
@@ -260,13 +259,19 @@ def gathered(own: Tensor) -> Tensor:
 def work(rank: int, arguments: argparse.Namespace) -> None:
     """What every process does."""
     placements = placed_once(arguments)
-    runs = [make_image(arguments, placements, variant) for variant in VARIANTS]
+    models = [Denoiser(arguments, placements, variant.lp) for variant in VARIANTS]
+    rebalancers = [
+        Rebalancer(model, dist.group.WORLD, **PACE, start=False) if variant.dynamic else None
+        for model, variant in zip(models, VARIANTS, strict=True)
+    ]
+    runs = [make_image(*made, arguments) for made in zip(models, rebalancers, strict=True)]
     equal = gathered(torch.tensor([torch.equal(run.images, runs[0].images) for run in runs])).all(0).tolist()
-    moved = gathered(torch.tensor([[run.stats.bytes_moved if run.stats else 0 for run in runs]])).sum((0, 1)).tolist()
+    own = [[s.bytes_moved, s.bytes_lower_bound, s.stalls] if s else [0] * 3 for s in (run.stats for run in runs)]
+    did = gathered(torch.tensor(own)).sum(0).tolist()
     if rank == 0:
         console = Console(width=110)
         console.print(balance_table(runs))
-        console.print(work_table(runs, moved, equal))
+        console.print(work_table(runs, did, equal))
         picture(runs, arguments.picture)
         console.print(f"Picture: {arguments.picture.resolve()}", soft_wrap=True, markup=False)
     if not all(equal):
@@ -299,20 +304,17 @@ def balance_table(runs: list[Run]) -> Table:
     return shown
 
 
-def work_table(runs: list[Run], moved: list[int], equal: list[bool]) -> Table:
-    """What the rebalancers did, and whether the images are those of the first run."""
-    shown = Table(title="What was moved meanwhile, on all ranks")
-    for name in ("", "cycles", "layers swapped", "moved", "lower bound", "stalls", "same image"):
+def work_table(runs: list[Run], did: list[list[int]], equal: list[bool]) -> Table:
+    """What the rebalancers did on all ranks, and whether the images are those of the first run."""
+    shown = Table(title="What was done meanwhile, on all ranks")
+    for name in ("", "cycles", "layers swapped", "moved", "at least", "stalls", "image"):
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for variant, run, nbytes, same in zip(VARIANTS, runs, moved, equal, strict=True):
-        stats = run.stats
-        did = ["-"] * 5
-        if stats is not None:
-            numbers = stats.cycles, stats.swaps, f"{nbytes / 1024:.0f} KiB"
-            did = [*map(str, numbers), f"{stats.bytes_lower_bound / 1024:.0f} KiB", str(stats.stalls)]
-        shown.add_row(
-            variant.name, *did, "yes" if same else "NO", style="green" if variant.name == "dynamic + LP" else None
-        )
+    for variant, run, (moved, bound, stalls), same in zip(VARIANTS, runs, did, equal, strict=True):
+        done = ["-"] * 5
+        if run.stats is not None:
+            bytes_ = f"{moved / 1024:,.0f} KiB", f"{bound / 1024:,.0f} KiB"
+            done = [str(run.stats.cycles), str(run.stats.swaps), *bytes_, str(stalls)]
+        shown.add_row(variant.name, *done, "the same" if same else "ANOTHER")
     return shown
 
 
@@ -325,9 +327,9 @@ def picture(runs: list[Run], path: Path) -> None:
         label = f"{variant.name}: {float(ratio.mean()):.3f}"
         axes.plot(ratio, color=variant.color, linewidth=2 if variant.dynamic and variant.lp else 1.3, label=label)
         if variant.dynamic:
-            at = torch.tensor(run.swaps, dtype=torch.float64)
-            height = torch.full_like(at, 0.985 if variant.lp else 0.965)
-            axes.plot(at, height, "^", color=variant.color, markersize=5, clip_on=False)
+            height = [0.045 if variant.lp else 0.015] * len(run.swaps)
+            marks = axes.plot(run.swaps, height, "^", color=variant.color, markersize=5)
+            marks[0].set_transform(axes.get_xaxis_transform())
     for name, part in phases_of(len(runs[0].loads)).items():
         if part.start:
             axes.axvline(part.start - 0.5, color=INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -343,7 +345,7 @@ def picture(runs: list[Run], path: Path) -> None:
         )
     axes.set_xlabel("denoising step     (▲: placements swapped)", color=INK)
     axes.set_ylabel("busiest rank / mean, over layers", color=INK)
-    axes.set_ylim(bottom=0.95)
+    axes.set_ylim(bottom=1 - 0.1 * (axes.get_ylim()[1] - 1))  # room for the marks
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.savefig(path)
@@ -366,9 +368,9 @@ def process(rank: int, store: str, size: int, arguments: argparse.Namespace) -> 
 def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, or say what is wrong with it before any process is started."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=96, help="of the denoising (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=144, help="of the denoising (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="MoE layers (default: %(default)s)")
-    parser.add_argument("--experts", type=int, default=16, help="in every layer (default: %(default)s)")
+    parser.add_argument("--experts", type=int, default=32, help="in every layer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of weights, preferences and noise (default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=Path("dynamic-dit.png"), help="(default: ./%(default)s)")
     arguments = parser.parse_args(given)
