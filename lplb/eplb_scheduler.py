@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ("world_size", "expert_num", "block_num", "max_move", "redundant", "mode")
     try:
         flags = Flags(**{name: getattr(arguments, name) for name in names})
-        key = _key(keys, arguments.auth_key_fd)
+        key = _key(keys, getattr(arguments, "auth_key_fd", None))
         scheduler = Scheduler(flags, host=arguments.host, port=arguments.port, auth_key=key)
     except ImportError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help=f"what clients must have too; the environment's {KEY_VARIABLE} is better kept",
     )
-    parser.add_argument(_FD, type=int, metavar="N", help="read the auth key from this open file, to its end")
+    parser.add_argument(
+        _FD, type=int, default=argparse.SUPPRESS, metavar="N", help="read the auth key from this open file, to its end"
+    )
     return parser
 
 

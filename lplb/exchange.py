@@ -99,6 +99,8 @@ class _Line:
         self.planners = 0
         self.worker = Worker()  # for all planners of the group: their overlapped calls come in one order on all ranks
         self.background: Distributed | None = None
+        self.free: dict[str, dict[int, dist.ProcessGroup]] = {}  # by backend and number
+        self.made = 0
         self._width = [_LEAST_COLUMNS]
 
     @property
@@ -187,15 +189,40 @@ def background(ranks: "Exchange") -> "Exchange":
         return ranks.line.background
 
 
-def apart(ranks: Distributed, backend: str | None = None) -> dist.ProcessGroup:
-    """Make another process group of the same ranks in the same order, with the same time-out. Collective.
+class Apart:
+    """Another process group of the same ranks in the same order, with the same time-out. Collective to make.
+
+    Torch gives a group that comes after a destroyed one the same name, under which gloo finds the addresses of the
+    destroyed one. So these are never destroyed, but given back.
 
     Args:
         ranks: the ranks.
-        backend: of the new group, for example ``"gloo"``; by default as theirs.
+        backend: of the group, for example ``"gloo"``; by default as theirs.
     """
-    with _making_groups:
-        return _another_group(ranks, dist.get_backend_config(ranks.group) if backend is None else backend)
+
+    group: dist.ProcessGroup
+    """To be used by one user at a time."""
+
+    def __init__(self, ranks: Distributed, backend: str | None = None) -> None:
+        """See the class."""
+        backend = dist.get_backend_config(ranks.group) if backend is None else backend
+        with _making_groups, ranks.line.turn:
+            self._free = ranks.line.free.setdefault(backend, {})
+            number = min(self._free, default=-1)
+            row = torch.tensor([number, 0, AGREE, *fingerprint("apart", backend)], dtype=torch.int32, device="cpu")
+            table = torch.empty(ranks.size, len(row), dtype=torch.int32, device="cpu")
+            gather(ranks, AGREE, row, table)
+            raise_together(ranks, table[:, 1:].tolist(), None)
+            if number >= 0 and bool((table[:, 0] == number).all()):
+                self._number, self.group = number, self._free.pop(number)
+            else:  # on some rank its last user has not given it back yet
+                self._number = ranks.line.made
+                ranks.line.made += 1
+                self.group = _another_group(ranks, backend)
+
+    def give_back(self) -> None:
+        """Let others use the group: nothing is under way on it on any rank. Local."""
+        self._free[self._number] = self.group
 
 
 def _another_group(ranks: Distributed, backend: str) -> dist.ProcessGroup:

@@ -287,6 +287,7 @@ class LplbStages:
         self._install(self._compiled(placement, speed))
 
     def _compiled(self, placement: Placement, speed: list[float]) -> Compiled:
+        as_it_is = self._as_it_is()
         placement.check_groups(self.group_size)
         rules = Rules(
             phy2log=tuple(placement.phy2log.tolist()),
@@ -307,7 +308,7 @@ class LplbStages:
             else:
                 backend = cpu.Backend(*settings, ranks, fingerprint, self.device)
             phy2log = placement.phy2log.to(self.device, copy=True)
-        return Compiled(placement, phy2log, rules, speed, backend, fingerprint, self._as_it_is())
+        return Compiled(placement, phy2log, rules, speed, backend, fingerprint, as_it_is)
 
     def _as_it_is(self) -> tuple[object, ...]:
         return self._handle, self._installed, self._exchange, self._is_apart, self.ranks_per_node

@@ -11,6 +11,7 @@ from lplb.dynamic import Dispatcher, LoadCollector
 from lplb.placement import Placement
 
 HIDDEN = 4
+VECTOR = torch.arange(1.0, 1 + HIDDEN, dtype=torch.float64)  # what every token is
 
 
 def weights_of(layer, expert):
@@ -38,40 +39,30 @@ class Layer(nn.Module):
         self.dispatcher = Dispatcher(placement, [torch.stack(matrices), list(numbers)], rank)
         self.collector = LoadCollector(placement.n_logical, window=window)
 
-    def forward(self, experts):
-        """What the live weights of this rank make of the tokens of all ranks that are sent here.
-
-        Args:
-            experts: the expert of each token of this rank.
-
-        Returns:
-            For every token of this rank what came back, and how many ranks took it.
-        """
-        dispatcher = self.dispatcher
-        if dispatcher.check_consistency():
-            dispatcher.update_module_weight_and_map()
+    def begin(self, experts):
+        """Begin a forward pass with the experts of this rank's tokens; return them and the ranks that they go to."""
+        if self.dispatcher.check_consistency():
+            self.dispatcher.update_module_weight_and_map()
         self.collector.collect(experts)
-        size, rank = dist.get_world_size(), dist.get_rank()
-        sent = torch.stack([experts, dispatcher.device_indices_map[experts].long()])
-        table = [torch.empty_like(sent) for _ in range(size)]
-        dist.all_gather(table, sent)
-        out = torch.zeros(size, len(experts), 2, dtype=torch.float64)
-        matrices, numbers = dispatcher.fields.fields
-        for source, (theirs, ranks) in enumerate(table):
-            for token in torch.nonzero(ranks == rank).flatten().tolist():
-                slot = int(dispatcher.local_expert_indices_map[theirs[token]])
-                assert slot >= 0, f"expert {int(theirs[token])} is not on rank {rank}, where it was sent"
-                value = (matrices[slot] @ torch.arange(1.0, 1 + HIDDEN, dtype=torch.float64)).sum() + numbers[slot]
-                out[source, token] = torch.tensor([float(value), 1.0])
-        dist.all_reduce(out)
-        return out[rank, :, 0], out[rank, :, 1]
+        return torch.stack([experts, self.dispatcher.device_indices_map[experts].long()])
+
+    def compute(self, theirs, ranks):
+        """What the live weights of this rank make of a rank's tokens that are sent here, and which those are."""
+        rank = self.dispatcher.rank
+        out = torch.zeros(len(theirs), 2, dtype=torch.float64)
+        matrices, numbers = self.dispatcher.fields.fields
+        for token in torch.nonzero(ranks == rank).flatten().tolist():
+            slot = int(self.dispatcher.local_expert_indices_map[theirs[token]])
+            assert slot >= 0, f"expert {int(theirs[token])} is not on rank {rank}, where it was sent"
+            out[token, 0] = (matrices[slot] @ VECTOR).sum() + numbers[slot]
+            out[token, 1] = 1.0
+        return out
 
 
 def expected(layer, experts):
     """The same from the weights themselves."""
     parts = {e: weights_of(layer, e) for e in set(experts.tolist())}
-    vector = torch.arange(1.0, 1 + HIDDEN, dtype=torch.float64)
-    values = {e: float((matrix @ vector).sum() + number) for e, (matrix, number) in parts.items()}
+    values = {e: float((matrix @ VECTOR).sum() + number) for e, (matrix, number) in parts.items()}
     return torch.tensor([values[e] for e in experts.tolist()], dtype=torch.float64)
 
 
@@ -81,6 +72,27 @@ class Model(nn.Module):
     def __init__(self, n_layers, placement, rank, window=64):
         super().__init__()
         self.blocks = nn.ModuleList(Layer(i, placement, rank, window) for i in range(n_layers))
+
+    def forward(self, experts):
+        """A forward pass of all layers, with one exchange for all of them.
+
+        Args:
+            experts: the expert of each token of this rank, ``[layers, tokens]``.
+
+        Returns:
+            For every layer and token what came back, and how many ranks took it.
+        """
+        sent = torch.stack([block.begin(row) for block, row in zip(self.blocks, experts, strict=True)])
+        table = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+        dist.all_gather(table, sent)
+        out = torch.stack(
+            [
+                torch.stack([block.compute(*row) for block, row in zip(self.blocks, theirs, strict=True)])
+                for theirs in table
+            ]
+        )
+        dist.all_reduce(out)
+        return out[dist.get_rank()].unbind(-1)
 
     def check_slots(self):
         """Every slot of this rank holds what the live placement says."""

@@ -210,7 +210,7 @@ class Rank:
         self.wishes = Wishes()
         self.wishes.wait = lambda seconds: network.park(rank)
         self.targets = []
-        self.no_memory = False
+        self.no_memory = self.no_stage = False
         self.end = None
         self.skips = []
         pace = Pace(window=4, layers_at_once=1, bytes_per_second=None, ahead=4, poll=1.0)
@@ -220,10 +220,12 @@ class Rank:
         )  # fmt: skip
         memory = self.cycle._memory
         self.cycle._memory = lambda batch: self._refused() if self.no_memory else memory(batch)
+        stage = self.dispatchers[1].stage
+        self.dispatchers[1].stage = lambda *what: self._refused() if self.no_stage else stage(*what)
         self.thread = threading.Thread(target=self.serve, daemon=True)
 
     def _refused(self):
-        self.no_memory = False
+        self.no_memory = self.no_stage = False
         raise MemoryError("no memory for buffers")
 
     def serve(self):
@@ -324,9 +326,9 @@ class Cycles(RuleBasedStateMachine):
         self.go_on(order)
         wishes.held = False
 
-    @rule(rank=st.integers(0, 3), order=ORDERS)
-    def take_memory(self, rank, order):
-        self.ranks[rank % self.n_ranks].no_memory = True
+    @rule(rank=st.integers(0, 3), late=st.booleans(), order=ORDERS)
+    def take_memory(self, rank, late, order):
+        setattr(self.ranks[rank % self.n_ranks], "no_stage" if late else "no_memory", True)
         self.ask(order)
 
     @precondition(lambda self: self.ranks and not self.network.dead and self.swaps > 20)
@@ -390,7 +392,7 @@ class Cycles(RuleBasedStateMachine):
     def all_ends_well(self):
         """With time and forward passes every plan is carried out or skipped, alike on all ranks."""
         for rank in self.ranks:
-            rank.wishes.held = rank.no_memory = False
+            rank.wishes.held = rank.no_memory = rank.no_stage = False
         target = tuple(random_placement(self.rng, self.n_ranks) for _ in range(N_LAYERS))
         for rank in self.ranks:
             rank.targets.append(target)

@@ -13,14 +13,14 @@ import test_distributed
 import torch
 import torch.distributed as dist
 from dynamic_model import Model, expected, random_placement, spread, until
-from lplb.dynamic.sources import Peers
-from lplb.dynamic.staging import Staging
 from test_distributed import PROCESSES, on_ranks
 
 from lplb import plan_change
 from lplb.dynamic import Dispatcher, LoadCollector, Rebalancer
 from lplb.dynamic.control import Control, Stage
 from lplb.dynamic.planning import Problem, plan
+from lplb.dynamic.sources import Peers
+from lplb.dynamic.staging import Staging
 from lplb.placement import Placement
 from lplb.policies import imbalance
 
@@ -35,13 +35,14 @@ def model_of(rank, n_layers=1, size=RANKS):
     return Model(n_layers, spread(E, size), rank)
 
 
-def step(model, rng, n_tokens=12):
+def step(model, rng, n_tokens=12, weight=None):
     """A forward pass of all layers, checked token by token."""
-    for block in model.blocks:
-        experts = torch.from_numpy(rng.integers(0, block.n_logical, n_tokens))
-        out, copies = block(experts)
-        assert torch.equal(copies, torch.ones(n_tokens, dtype=torch.float64))
-        assert torch.equal(out, expected(block.layer, experts))
+    shape = len(model.blocks), n_tokens
+    experts = torch.from_numpy(rng.choice(model.blocks[0].n_logical, shape, p=weight))
+    out, copies = model(experts)
+    assert torch.equal(copies, torch.ones(shape, dtype=torch.float64))
+    for block, values, chosen in zip(model.blocks, out, experts, strict=True):
+        assert torch.equal(values, expected(block.layer, chosen))
 
 
 def together(value):
@@ -68,7 +69,7 @@ def exact_while_swapping(rank, n_swaps, n_layers):
     model = model_of(rank, n_layers)
     same = np.random.default_rng(99)
     steps = 0
-    with Rebalancer(model, dist.group.WORLD, layers_at_once=n_layers, **quick()) as rebalancer:
+    with Rebalancer(model, dist.group.WORLD, layers_at_once=n_layers, ahead=4, **quick()) as rebalancer:
         asked = 0
         while not together(rebalancer.stats().swaps >= n_swaps):
             if rebalancer.stats().cycles >= asked:
@@ -103,8 +104,7 @@ def follow_the_loads(rank, mode):
     before = [b.dispatcher.placement for b in model.blocks]
     with Rebalancer(model, dist.group.WORLD, mode=mode, interval=16, **budget, **quick()) as rebalancer:
         for _ in range(400):
-            for block in model.blocks:
-                block(torch.from_numpy(rng.choice(E, 64, p=weight)))
+            step(model, rng, 64, weight)
             if together(rebalancer.stats().swaps >= 2 or rebalancer.stats().cycles > 8):
                 break
         stats = rebalancer.stats()

@@ -130,6 +130,17 @@ def test_all_ranks_get_what_is_planned_in_place(key, settings):
         assert list(server.planned.values()) == [1]
 
 
+def test_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6 on loopback, which this machine has not")
+    asked = problem(np.random.default_rng(23))
+    with running(host="::1", auth_key=KEY) as server:
+        assert server.address.startswith("tcp://[::1]:")
+        assert ask(server.address, asked, auth_key=KEY) == mirrored(asked)
+
+
 def test_ranks_that_ask_before_rank_0_wait_for_it():
     asked = problem(np.random.default_rng(2))
     with running() as server, ThreadPoolExecutor(3) as pool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import random
 import signal
 import socket
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import zmq
 from test_dynamic_service import PATIENCE, SHORT, ask, client, dealer, gives_up, refusal, running, wait_until
-from test_dynamic_service_wire import KEY, Bomb, mirrored, pickle, problem
+from test_dynamic_service_wire import KEY, Bomb, mirrored, problem
 
 from lplb.dynamic import wire
 from lplb.dynamic.keys import Keys

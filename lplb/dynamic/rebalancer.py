@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import threading
 import weakref
@@ -167,7 +166,7 @@ class Rebalancer:
         self._pace = pace
         self._wishes = Wishes()
         self._tally = Tally([layer.name for layer in layers])
-        self._groups: list[dist.ProcessGroup] = []
+        self._groups: list[exchange.Apart] = []
         self._device = layers[0].dispatcher.fields.device
         control = Control(self._another(ranks, "gloo"), len(layers) + 8)
         self._control = control
@@ -194,8 +193,8 @@ class Rebalancer:
         """Ranks over a group of their own. Collective."""
         if not isinstance(ranks, exchange.Distributed):
             return ranks
-        self._groups.append(exchange.apart(ranks, backend))
-        return exchange.Distributed(self._groups[-1])
+        self._groups.append(exchange.Apart(ranks, backend))
+        return exchange.Distributed(self._groups[-1].group)
 
     def _source_of(self, source: Any, ranks: exchange.Local | exchange.Distributed) -> Source:
         if source == "peers":
@@ -282,11 +281,6 @@ class Rebalancer:
             layer.dispatcher.point.clear()
         if hasattr(self._service, "close"):
             self._service.close()
-        if self._thread is None or not self._thread.is_alive():
-            for group in self._groups:
-                with contextlib.suppress(Exception):  # the caller may have destroyed all groups
-                    dist.destroy_process_group(group)
-            self._groups.clear()
         _open.discard(self)
 
     def __enter__(self) -> Rebalancer:
@@ -363,6 +357,8 @@ class Rebalancer:
                 torch.cuda.set_device(self._device)
             while self._tick():
                 pass
+            for apart in self._groups:
+                apart.give_back()
         except BaseException as error:
             end = "failed"
             self._lost(error)

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from queue import Queue, SimpleQueue
+from queue import Empty, Queue, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lplb.arguments import check_divides, whole_number
@@ -215,8 +215,9 @@ class _Planning:
 
     def end(self) -> bool:
         """Let the thread end; tell whether it has."""
-        while not self._jobs.empty():
-            self._jobs.get_nowait()
+        with contextlib.suppress(Empty):
+            while True:
+                self._jobs.get_nowait()
         self._jobs.put(None)
         self._thread.join(_JOIN)
         return not self._thread.is_alive()
@@ -286,15 +287,16 @@ class Scheduler:
         """See the class; no socket yet."""
         require_packages()
         self.flags = flags
-        self._port = whole_number("port", port, 0, 65535)
+        port = whole_number("port", port, 0, 65535)
         key = key_from(auth_key)
         self._keys = None if key is None else Keys.of(key)
-        if self._keys is None and not is_loopback(host):
+        name = _numeric(host)  # looked up once: what is checked is what is listened on
+        if self._keys is None and not is_loopback(name):
             raise ValueError(
                 f"host is {host!r}, allowed without an auth key are the loopback addresses, such as localhost: "
                 f"set {KEY_VARIABLE} on the scheduler and on all ranks"
             )
-        self._address = _numeric(host, self._port)
+        self._address = f"tcp://[{name}]:{port}" if ":" in name else f"tcp://{name}:{port}"
         self._plan = plan
         self._board = _Board(most_bytes)
         self._outcomes: SimpleQueue[_Outcome] = SimpleQueue()
@@ -444,7 +446,7 @@ class Scheduler:
                 self._take(router, planner, client, frames)
             except wire.OtherProtocol as error:
                 self._dropped.say("protocol", f"dropped a message: {error}")
-                router.send_multipart([client, wire.version_frame(error.request)], zmq.NOBLOCK)
+                self._put(router, [client, wire.version_frame(error.request)])
             except wire.Rubbish as error:
                 self._dropped.say("rubbish", f"dropped a message: {error!s:.200}")
 
@@ -485,20 +487,22 @@ class Scheduler:
         return ""
 
     def _send(self, router: zmq.Socket[Any], client: bytes, envelope: Envelope, answer: _Answer) -> None:
+        self._put(router, [client, envelope.pack(answer.kind), *answer.body])
+
+    def _put(self, router: zmq.Socket[Any], frames: Frames) -> None:
         import zmq
 
         try:
-            router.send_multipart([client, envelope.pack(answer.kind), *answer.body], zmq.NOBLOCK)
-        except zmq.ZMQError:  # one that does not read; it asks again
-            self._dropped.say("send", f"a client of model {envelope.model!r:.80} does not take its answers")
+            router.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # the client asks again, or does not care
+            self._dropped.say("send", f"an answer could not be sent: {error}")
 
 
-def _numeric(host: str, port: int) -> str:
-    """The address to bind to; IPv4 first, as clients try it."""
+def _numeric(host: str) -> str:
+    """The address to listen on; IPv4 first, as clients try it."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"host is {host!r}, allowed is a name or an address of this machine: {error}") from error
-    family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    name = str(address[0])
-    return f"tcp://[{name}]:{port}" if family == socket.AF_INET6 else f"tcp://{name}:{port}"
+    *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return str(address[0])
