@@ -119,9 +119,7 @@ def batch(step, rank, layers, popularity=None):
 
 
 def pool(model, rank, **more):
-    given = {"ip": None, "source": None, "interval": 8, "poll": 0.002, **more}
-    if given["source"] is None:
-        del given["source"]
+    given = {"ip": None, "interval": 8, "poll": 0.002, "ranks_per_node": 2, **more}
     return construct_expert_info_transfer_pool(module=model, rank_in_group=rank, device="cpu", **given)
 
 
@@ -272,6 +270,21 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path, case, kind, says):
         name, message, still_there = result
         assert name == kind
         assert says in message
+        assert still_there
+
+
+def construct_with_odd_settings(rank, size):
+    model = Model(1, rank, size, 0)
+    try:
+        pool(model, rank, mode="EX")  # without a budget
+    except ValueError as error:
+        return str(error), model.blocks[0].dispatcher.complete is not None
+    return None
+
+
+def test_settings_are_those_of_the_rebalancer(tmp_path):
+    for message, still_there in on_ranks(2, tmp_path / "ranks", construct_with_odd_settings, 2):
+        assert "max_moves" in message
         assert still_there
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lplb import exchange
 from lplb.arguments import seen, whole_number
 from lplb.compat.mindie.dispatcher import DynamicDispatcher
 from lplb.dynamic.rebalancer import Rebalancer, find_layers
+from lplb.dynamic.sources import HostWeights
 from lplb.weights.links import checked_ranks
 
 __all__ = ["InstructionQueue", "TransferWorker", "construct_expert_info_transfer_pool"]
@@ -28,9 +30,10 @@ class TransferWorker:
     name = "lplb-rebalancer"
     daemon = True
 
-    def __init__(self, rebalancer: Rebalancer) -> None:
+    def __init__(self, rebalancer: Rebalancer, weights: HostWeights | None) -> None:
         """See the class."""
         self.rebalancer = rebalancer
+        self._weights = weights
         self._exit = threading.Event()
 
     def is_alive(self) -> bool:
@@ -42,8 +45,11 @@ class TransferWorker:
         self._exit.wait(timeout)
 
     def exit(self) -> None:
-        """Close the rebalancer; see `Rebalancer.close`."""
+        """Close the rebalancer, as `Rebalancer.close` does, and give the complete weights back."""
         self.rebalancer.close()
+        if self._weights is not None and not self.is_alive():
+            self._weights.close()
+            self._weights = None
         self._exit.set()
 
 
@@ -83,11 +89,14 @@ def construct_expert_info_transfer_pool(
     port: int | None = None,
     auth_key: str | None = None,
     group: dist.ProcessGroup | None = None,
+    ranks_per_node: int | None = None,
     **settings: Any,
 ) -> tuple[TransferWorker, InstructionQueue]:
     """Start a `Rebalancer` for all layers of a model that have a dispatcher and a collector. Collective.
 
-    Weights come from the complete ones that dispatchers were given, which are on the host.
+    Weights come from host memory, where all experts are: `lplb.dynamic.sources.HostWeights` takes over the complete
+    weights that the dispatchers were given, once for all ranks of a node. What the caller still holds of them is a
+    second copy.
 
     Args:
         module: the model; submodules with ``dispatcher`` and ``expert_load_collector`` are its layers.
@@ -98,6 +107,8 @@ def construct_expert_info_transfer_pool(
         auth_key: its key; by default EPLB_AUTH_KEY of the environment. Without any, the host must be this machine.
         group: the ranks that share the experts; by default all of torch.distributed, or this process where that is not
             initialised.
+        ranks_per_node: consecutive ranks that share the host's memory; by default what LOCAL_WORLD_SIZE in the
+            environment says, as torchrun sets it, or 1: every rank has its own.
         settings: keywords of `lplb.dynamic.Rebalancer`. ``mode`` and, in mode EX, ``max_moves`` are to be the
             scheduler's ``--mode`` and ``--max_move``, which it checks.
 
@@ -114,38 +125,51 @@ def construct_expert_info_transfer_pool(
         group = dist.group.WORLD
     ranks = checked_ranks("group", group)
 
-    def check() -> tuple[list[DynamicDispatcher], object]:
+    def check() -> tuple[list[DynamicDispatcher], tuple[str, str | None] | None, int]:
         whole_number("rank_in_group", rank_in_group, 0, ranks.size - 1)
         if rank_in_group != ranks.rank:
             raise ValueError(f"rank_in_group is {rank_in_group}, allowed is this process's in the group, {ranks.rank}")
         where = _checked_device(device)
         service = _service(ip, port, auth_key)
-        dispatchers = [layer.dispatcher for layer in find_layers(module)]
-        for i, dispatcher in enumerate(dispatchers):
-            if not isinstance(dispatcher, DynamicDispatcher) or dispatcher.complete is None:
+        dispatchers: list[DynamicDispatcher] = []
+        for i, (_, dispatcher, _) in enumerate(find_layers(module)):
+            if isinstance(dispatcher, DynamicDispatcher) and dispatcher.complete is not None:
+                dispatchers.append(dispatcher)
+            else:
                 raise ValueError(
                     f"the dispatcher of layer {i} is {seen(dispatcher)} without complete weights, allowed is a "
                     "DynamicDispatcher of lplb.compat.mindie that no pool was made for"
                 )
-        return [dispatcher.to(where) for dispatcher in dispatchers], service
+        return [dispatcher.to(where) for dispatcher in dispatchers], service, _sharing(ranks_per_node)
 
     has = "another model or no service while rank 0 has one; allowed is the same on every rank"
-    dispatchers, service = exchange.together(
-        ranks, check, lambda found: exchange.fingerprint("mindie", len(found[0]), found[1] is None), has
+    dispatchers, service, sharing = exchange.together(
+        ranks, check, lambda found: exchange.fingerprint("mindie", len(found[0]), found[1] is None, found[2]), has
     )
-    complete = [dispatcher.complete for dispatcher in dispatchers]
-
-    def bring(layer: int, expert: int, into: list[Tensor]) -> None:
-        weights = complete[layer]
-        assert weights is not None
-        for target, weight in zip(into, weights, strict=True):
-            target.copy_(weight[expert])
-
-    settings.setdefault("source", bring)
-    worker = TransferWorker(Rebalancer(module, group, service=service, **settings))
+    weights: HostWeights | None = None
+    if "source" not in settings:
+        complete = [dispatcher.complete or () for dispatcher in dispatchers]
+        weights = HostWeights.of(complete, group, rank=rank_in_group, ranks_per_node=sharing)
+        settings["source"] = weights
+    try:
+        worker = TransferWorker(Rebalancer(module, group, service=service, **settings), weights)
+    except BaseException:
+        if weights is not None:
+            weights.close()
+        raise
     for dispatcher in dispatchers:
         dispatcher.complete = None
     return worker, InstructionQueue(worker)
+
+
+def _sharing(ranks_per_node: int | None) -> int:
+    """Return how many ranks share the host's memory."""
+    if ranks_per_node is not None:
+        return whole_number("ranks_per_node", ranks_per_node, 1)
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"LOCAL_WORLD_SIZE in the environment is {text!r}, allowed is 1 or more")
+    return int(text)
 
 
 def _service(ip: str | None, port: int | None, auth_key: str | None) -> tuple[str, str | None] | None:
