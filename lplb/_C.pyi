@@ -121,13 +121,31 @@ def find_changes(
     most_writes: int,
     most_cost: float,
     wanted: float,
-) -> list[tuple[list[tuple[int, int]], float, float]]:
+) -> tuple[list[int], list[int], list[int]]:
     """Steps that lower the LP's optimum of int64 ``loads [batches, n_logical]``, most for their cost first.
 
     ``cost``: float64 ``[n_logical]`` of writing an expert. The search ends after ``most_writes``, or at a mean
-    imbalance of ``wanted``. Each step has its writes (slot, expert) and the mean imbalance before and after it on
-    the batches that it looked at. Other Python threads run meanwhile.
+    imbalance of ``wanted``. Returns, for each step, how many writes there are with it; and of all writes the slots and
+    the experts. Other Python threads run meanwhile.
     """
+
+class PlacementRating:
+    """Placements of one layer, rated one after another on the same int64 ``loads [batches, n_logical]``."""
+
+    def __init__(
+        self,
+        phy2log: int,
+        n_physical: int,
+        n_logical: int,
+        n_ranks: int,
+        group_size: int,
+        loads: int,
+        batches: int,
+    ) -> None:
+        """``phy2log`` is any placement of these sizes; a batch sums to 1 up to 2**52. Nothing is kept of the arrays."""
+
+    def rate(self, phy2log: int, imbalance: int) -> None:
+        """Write float64 ``imbalance [batches]`` of a placement int32 ``[n_physical]``; other threads run meanwhile."""
 
 def relabel(
     current: int,

@@ -17,13 +17,13 @@ import torch
 
 from lplb import _C
 from lplb.arguments import checked_group_size, real_number, seen, whole_number
-from lplb.judge import FEWEST_BATCHES, Candidate, Ground, Judge, Limits, deal_out
+from lplb.judge import FEWEST_BATCHES, Candidate, Ground, Judge, Limits, deal_out, mean_of
 from lplb.placement import Placement
 from lplb.policies import checked_history, place
 from lplb.relabel import nested_blocks, relabel
-from lplb.weights.moves import Move
+from lplb.weights.moves import Move, moves_between
 
-__all__ = ["Change", "Found", "checked_number", "decide", "plan_change", "plan_layer", "survey"]
+__all__ = ["Change", "Found", "checked_number", "decide", "levelled", "plan_change", "plan_layer", "survey"]
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -32,6 +32,7 @@ _Array = torch.Tensor | npt.NDArray[Any] | Sequence[Any]
 
 _PREFIXES = 8  # of a path, that are looked at where the whole is doubtful
 _LITTLE = 0.5  # of a re-solve's gain: what few moves have to reach, or all of them are made
+_SPARE = 0.75  # of what may be left over: down to there the search goes on
 _NEARLY = 0.99  # of what the search found: its last steps bring little
 
 
@@ -163,10 +164,14 @@ def plan_change(
         placement.check_groups(size)
     ground = Ground(size, whole_number("n_nodes", n_nodes, 1))
     changes = [
-        plan_layer(placement, rows, limits, ground, there, bool(steady)).change
+        _with_moves(placement, plan_layer(placement, rows, limits, ground, there, bool(steady)).change)
         for placement, rows, there in zip(placements, layers, targets, strict=True)
     ]
     return changes if many else changes[0]
+
+
+def _with_moves(current: Placement, change: Change) -> Change:
+    return replace(change, moves=tuple(moves_between(current, change.placement))) if change.worth else change
 
 
 # ---- one layer
@@ -176,13 +181,14 @@ class Found(NamedTuple):
     """What was found for a layer."""
 
     change: Change
+    """Without its list of moves, which takes time that not everyone has."""
     judge: Judge
     path: list[_Slots]
     """Placements, each by a few moves from the one before, as far as the budgets go."""
 
 
 def survey(
-    current: Placement, rows: _Floats, limits: Limits, ground: Ground, steady: bool
+    current: Placement, rows: _Ints | _Floats, limits: Limits, ground: Ground, steady: bool
 ) -> tuple[Judge, Change, float]:
     """Look at a layer's rows ``[n, n_logical]``, not all 0: their judge, the change that is none, what is to gain.
 
@@ -190,7 +196,7 @@ def survey(
     """
     scenarios = deal_out(rows)
     judge = Judge(current, scenarios, limits, ground)
-    before, lost = judge.figure(judge.slots), float(judge.before.mean()) - 1.0
+    before, lost = judge.figure(judge.slots), mean_of(judge.before) - 1.0
     stay = Change(current, (), _weight(limits, 0), before, before, None, *_no_time(limits), worth=False, reason="")
     if scenarios.few and not steady:
         n = len(scenarios.shown)
@@ -209,7 +215,7 @@ def survey(
 
 def plan_layer(
     current: Placement,
-    rows: _Floats,
+    rows: _Ints | _Floats,
     limits: Limits,
     ground: Ground,
     target: Placement | None = None,
@@ -269,11 +275,9 @@ def decide(stay: Change, chosen: Candidate, judge: Judge) -> Change:
             return replace(stay, reason=f"{what}: {times}")
     if stay.imbalance_resolve is not None:
         what += f", a full re-solve to {stay.imbalance_resolve:.4f}"
-    placement, moves = judge.moves(chosen)
     return replace(
         stay,
-        placement=placement,
-        moves=moves,
+        placement=judge.placement(chosen),
         bytes=chosen.bytes,
         imbalance_after=after,
         worth=True,
@@ -310,9 +314,9 @@ def _path(current: Placement, search: _Ints, lost: float, limits: Limits, ground
         cost = np.maximum(limits.expert_bytes / mean, 1e-12)  # above 0
         if limits.max_bytes is not None:
             most_cost = limits.max_bytes / mean
-    # Half as much again of what may be left over: the batches kept back see a little less than those searched on.
-    wanted = 1.0 + 0.5 * (1.0 - limits.gain) * lost
-    steps = _C.find_changes(
+    # Not all of what may be left over: the batches kept back see a little less than those searched on.
+    wanted = 1.0 + _SPARE * (1.0 - limits.gain) * lost
+    ends, slots, experts = _C.find_changes(
         current.phy2log.data_ptr(),
         current.n_physical,
         current.n_logical,
@@ -327,12 +331,19 @@ def _path(current: Placement, search: _Ints, lost: float, limits: Limits, ground
         wanted,
     )
     phy2log = current.phy2log.numpy().copy()
-    path = []
-    for writes, _, _ in steps:
-        for slot, expert in writes:
-            phy2log[slot] = expert
+    path, done = [], 0
+    for end in ends:
+        phy2log[slots[done:end]] = experts[done:end]  # no slot twice in a step
         path.append(phy2log.copy())
+        done = end
     return path
+
+
+def levelled(placement: Placement, loads: _Ints, ground: Ground) -> Placement:
+    """Follow the search from a placement to its end, whatever it writes; loads ``[n, n_logical]``, each below 2**52."""
+    free = Limits(1.0, 0.0, None, None, None, None, None, None)
+    path = _path(placement, np.ascontiguousarray(loads), 0.0, free, ground)
+    return Placement(path[-1], placement.n_ranks, placement.n_logical) if path else placement
 
 
 def _resolve(current: Placement, search: _Ints, ground: Ground, target: Placement | None) -> _Slots:

@@ -12,9 +12,21 @@ import numpy.typing as npt
 
 from lplb import _C
 from lplb.placement import Placement
-from lplb.weights.moves import Move, moves_between
+from lplb.weights.moves import moves_between
 
-__all__ = ["FEWEST_BATCHES", "Candidate", "Ground", "Judge", "Limits", "Scenarios", "deal_out"]
+__all__ = [
+    "FEWEST_BATCHES",
+    "MOST_BATCHES",
+    "Candidate",
+    "Ground",
+    "Judge",
+    "Limits",
+    "Rating",
+    "Scenarios",
+    "deal_out",
+    "mean_of",
+    "noise_of",
+]
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -22,7 +34,8 @@ _Slots = npt.NDArray[np.int32]  # a phy2log, [n_physical], labelled as the curre
 
 FEWEST_BATCHES = 16
 """The older half to search on, the newer to judge by; fewer do not show how loads vary."""
-_MOST_BATCHES = 128  # the latest
+MOST_BATCHES = 128
+"""The latest."""
 _SURE = 3.0  # standard errors
 _MOST_CORRELATION = 0.95  # of a batch with the next that is reckoned with
 _FIXED_POINT = 2.0**45  # what a batch of loads that are no whole numbers sums to
@@ -34,34 +47,40 @@ class Scenarios:
 
     search: _Ints
     """What moves are searched on, ``[n, n_logical]``, whole numbers."""
-    judge: _Floats
+    judge: _Ints
     """What they are judged on."""
-    shown: _Floats
+    shown: _Ints
     """The batches that figures are of: those of ``judge``, or all where there are few."""
+    tokens: _Floats
+    """The sums of these, in the history's unit."""
     few: bool
     """Fewer batches than show how loads vary."""
 
 
-def deal_out(rows: _Floats) -> Scenarios:
+def deal_out(rows: _Ints | _Floats) -> Scenarios:
     """Deal out a layer's history, ``[batches, n_logical]``, not all zero."""
-    rows = rows[rows.sum(axis=1) > 0][-_MOST_BATCHES:]
+    rows = rows[rows.sum(axis=1) > 0][-MOST_BATCHES:]
     few = len(rows) < FEWEST_BATCHES
-    whole = bool((rows == np.rint(rows)).all()) and rows.sum(axis=1).max() < _FIXED_POINT
+    shown, whole = _whole(rows)
     if not few:
-        search, judge = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    elif whole:
-        pieces = _thinned(rows.astype(np.int64), -(-FEWEST_BATCHES // len(rows))).astype(np.float64)
+        search, judge = np.split(shown, [len(rows) // 2])
+        return Scenarios(search, judge, judge, np.asarray(rows[len(search) :].sum(axis=1), dtype=np.float64), few)
+    search = judge = shown
+    if whole:
+        pieces = _thinned(shown, -(-FEWEST_BATCHES // len(rows)))
         pieces = pieces[pieces.sum(axis=1) > 0]
-        search, judge = (pieces[::2], pieces[1::2]) if len(pieces) > 1 else (pieces, pieces)
-    else:
-        search = judge = rows
-    if not whole:
-        search = search / search.max(axis=1, keepdims=True)  # sums of the smallest numbers would have lost their bits
-        search = np.rint(search * (_FIXED_POINT / search.sum(axis=1, keepdims=True)))
-    shown = rows if few else judge
-    return Scenarios(
-        np.ascontiguousarray(search, dtype=np.int64), np.ascontiguousarray(judge), np.ascontiguousarray(shown), few
-    )
+        if len(pieces) > 1:
+            search, judge = np.ascontiguousarray(pieces[::2]), np.ascontiguousarray(pieces[1::2])
+    return Scenarios(search, judge, shown, np.asarray(rows.sum(axis=1), dtype=np.float64), few)
+
+
+def _whole(rows: _Ints | _Floats) -> tuple[_Ints, bool]:
+    """Rows as whole numbers, in fixed point where they are none or too large; and whether they are what was given."""
+    if (rows.dtype == np.int64 or (rows == np.rint(rows)).all()) and rows.sum(axis=1).max() < _FIXED_POINT:
+        return np.ascontiguousarray(rows, dtype=np.int64), True
+    scaled = rows / rows.max(axis=1, keepdims=True)  # sums of the smallest numbers would have lost their bits
+    scaled = np.rint(scaled * (_FIXED_POINT / scaled.sum(axis=1, keepdims=True)))
+    return np.ascontiguousarray(scaled, dtype=np.int64), False
 
 
 def _thinned(rows: _Ints, parts: int) -> _Ints:
@@ -118,7 +137,30 @@ class Candidate:
     @property
     def gain(self) -> float:
         """Their mean."""
-        return float(self.gains.mean())
+        return mean_of(self.gains)
+
+
+class Rating:
+    """Placements of one layer, rated one after another on the same batches."""
+
+    def __init__(self, current: Placement, loads: _Ints, group_size: int) -> None:
+        """``loads``: ``[batches, n_logical]``, each batch from 1 up to 2**52, contiguous."""
+        self._batches = len(loads)
+        self._rating = _C.PlacementRating(
+            current.phy2log.data_ptr(),
+            current.n_physical,
+            current.n_logical,
+            current.n_ranks,
+            group_size,
+            loads.ctypes.data,
+            len(loads),
+        )
+
+    def imbalance(self, phy2log: _Slots) -> _Floats:
+        """Of every batch, ``[batches]``; as `lplb.policies.imbalance`."""
+        out = np.empty(self._batches)
+        self._rating.rate(phy2log.ctypes.data, out.ctypes.data)
+        return out
 
 
 class Judge:
@@ -128,28 +170,19 @@ class Judge:
         """See the class."""
         self.current, self.scenarios, self.limits, self.ground = current, scenarios, limits, ground
         self.slots: _Slots = current.phy2log.numpy()
-        self.before = self.imbalance(self.slots, scenarios.judge)
+        self._judge = Rating(current, scenarios.judge, ground.group_size)
+        self._shown = self._judge
+        if scenarios.shown is not scenarios.judge:
+            self._shown = Rating(current, scenarios.shown, ground.group_size)
+        self.before = self.imbalance(self.slots)
 
-    def imbalance(self, phy2log: _Slots, loads: _Floats) -> _Floats:
-        """Of every batch; as `lplb.policies.imbalance`, without its checks."""
-        current, size = self.current, self.ground.group_size
-        optima = np.empty((len(loads), current.n_ranks // size))
-        _C.placement_optima(
-            phy2log.ctypes.data,
-            current.n_physical,
-            current.n_logical,
-            current.n_ranks,
-            size,
-            loads.ctypes.data,
-            len(loads),
-            optima.ctypes.data,
-            1,
-        )
-        return np.asarray(optima.max(axis=1) / (loads.sum(axis=1) / current.n_ranks))
+    def imbalance(self, phy2log: _Slots, *, shown: bool = False) -> _Floats:
+        """Of every batch that is judged by, or that figures are of; as `lplb.policies.imbalance`."""
+        return (self._shown if shown else self._judge).imbalance(phy2log)
 
     def figure(self, phy2log: _Slots) -> float:
         """The imbalance that is reported."""
-        return float(self.imbalance(phy2log, self.scenarios.shown).mean())
+        return mean_of(self.imbalance(phy2log, shown=True))
 
     def bytes(self, phy2log: _Slots) -> int | None:
         """What is written weighs."""
@@ -159,7 +192,7 @@ class Judge:
     def rate(self, phy2log: _Slots) -> Candidate:
         """Score a placement."""
         n_moves = int((phy2log != self.slots).sum())
-        gains = self.before - self.imbalance(phy2log, self.scenarios.judge)
+        gains = self.before - self.imbalance(phy2log)
         return Candidate(phy2log, gains, n_moves, self.bytes(phy2log))
 
     def allows(self, phy2log: _Slots) -> bool:
@@ -169,10 +202,9 @@ class Judge:
             return False
         return limits.max_bytes is None or cast(int, self.bytes(phy2log)) <= limits.max_bytes
 
-    def moves(self, candidate: Candidate) -> tuple[Placement, tuple[Move, ...]]:
-        """The placement, and how it is come to."""
-        placement = Placement(candidate.phy2log, self.current.n_ranks, self.current.n_logical)
-        return placement, tuple(moves_between(self.current, placement))
+    def placement(self, candidate: Candidate) -> Placement:
+        """Where experts are to be."""
+        return Placement(candidate.phy2log, self.current.n_ranks, self.current.n_logical)
 
     def seconds(self, candidate: Candidate) -> tuple[float, float]:
         """What moving saves over the horizon, and what it takes."""
@@ -181,20 +213,19 @@ class Judge:
             return 0.0, 0.0
         sent: Counter[int] = Counter()
         received: Counter[int] = Counter()
-        for move in self.moves(candidate)[1]:
+        for move in moves_between(self.current, self.placement(candidate)):
             weight = int(cast(_Ints, limits.expert_bytes)[move.expert])
             sent[move.source_rank] += weight
             received[move.target_rank] += weight
         busiest = max([*sent.values(), *received.values(), 0])
-        shown = self.scenarios.shown
-        saved = self.imbalance(self.slots, shown) - self.imbalance(candidate.phy2log, shown)
-        tokens = float((saved * shown.sum(axis=1)).mean()) / self.current.n_ranks
+        saved = self.imbalance(self.slots, shown=True) - self.imbalance(candidate.phy2log, shown=True)
+        tokens = mean_of(saved * self.scenarios.tokens) / self.current.n_ranks
         return limits.horizon * tokens * limits.token_cost, busiest * limits.byte_cost
 
     def doubt(self, gains: _Floats, n_moves: int) -> str:
         """Why the gain is too small for so many moves, or may be none; nothing where it is neither."""
         wanted = self.limits.min_gain * max(1.0, 10 * n_moves / self.current.n_physical)
-        gain, noise = float(gains.mean()), _SURE * _standard_error(gains)
+        gain, noise = mean_of(gains), noise_of(gains)
         if gain < wanted:
             return f"{gain:.4f} is gained, and {wanted:.4f} asked for"
         if gain <= noise:
@@ -202,12 +233,26 @@ class Judge:
         return ""
 
 
+def mean_of(x: _Floats) -> float:
+    """Return the mean, its sum rounded once: the same on any machine."""
+    return math.fsum(x) / len(x)
+
+
+def noise_of(x: _Floats, n: int | None = None) -> float:
+    """Of the mean of a series in time, or of the mean of n of its kind, what may be noise: three standard errors."""
+    return _SURE * _standard_error(x) * math.sqrt(len(x) / (n or len(x)))
+
+
 def _standard_error(x: _Floats) -> float:
-    """Of the mean of a series in time, its correlation from one to the next reckoned with; 0 of one alone."""
-    n, off = len(x), x - x.mean()
-    squares = float(off @ off)
+    """Of the mean of a series in time, its correlation from one to the next reckoned with; 0 of one alone.
+
+    Its sums are rounded once: they are the same on any machine, whatever NumPy makes of its vectors.
+    """
+    n, mean = len(x), math.fsum(x) / len(x)
+    off = x - mean
+    squares = math.fsum(off * off)
     if n < 2 or squares == 0.0:
         return 0.0
-    shown = float(off[1:] @ off[:-1]) / squares  # a short series shows less than it has
+    shown = math.fsum(off[1:] * off[:-1]) / squares  # a short series shows less than it has
     correlation = min(max(shown + (1.0 + 3.0 * shown) / n, 0.0), _MOST_CORRELATION)
     return math.sqrt(squares / (n - 1) / n * (1 + correlation) / (1 - correlation))

@@ -25,6 +25,7 @@ from lplb.placement import Placement
 from lplb.policies import imbalance
 
 E, RANKS = 8, 4
+DELAYS = [0.0] * 14 + [0.0005, 0.004]  # seconds, of which one is drawn at every step of every thread
 
 
 def quick(**settings):
@@ -60,9 +61,9 @@ def exact_while_swapping(rank, n_swaps, n_layers):
     gather = Control.gather
 
     def late(self, stage, row):
-        time.sleep(delays.choice([0, 0, 0, 0.001, 0.004]))
+        time.sleep(delays.choice(DELAYS))
         told = gather(self, stage, row)
-        time.sleep(delays.choice([0, 0, 0, 0.001, 0.004]))
+        time.sleep(delays.choice(DELAYS))
         return told
 
     Control.gather = late
@@ -77,7 +78,7 @@ def exact_while_swapping(rank, n_swaps, n_layers):
                 asked += 1
             step(model, rng, 3)
             steps += 1
-            time.sleep(delays.choice([0, 0, 0.002]))
+            time.sleep(delays.choice(DELAYS))
         stats = rebalancer.stats()
     until(lambda: not any(b.dispatcher.point.pending for b in model.blocks), step=lambda: step(model, rng, 3))
     model.check_slots()

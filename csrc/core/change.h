@@ -39,14 +39,15 @@ namespace change {
 inline constexpr int kFew = 6;         // batches that candidates are guessed from and first scored on
 inline constexpr int kMany = 20;       // batches that the best of them are scored on
 inline constexpr double kNear = 1.05;  // imbalance of the batches' sum below which the batches have to be looked at
-inline constexpr int kIdle = 5;        // steps in a row that find nothing, each among other batches
+inline constexpr int kIdle = 4;        // steps in a row that find nothing, each among other batches
 inline constexpr int kFinalists = 3;   // candidates that are scored on all of them
 inline constexpr int kCrowded = 24;    // experts, and slots, among which candidates are looked for
+inline constexpr int kExchanged = 16;  // slots on crowded ranks whose expert may go elsewhere in exchange
 inline constexpr int kQuietRanks = 6;  // ranks that a crowded rank may exchange experts with
 inline constexpr int kScored = 8;      // candidates of either kind that the LP scores
 
 inline constexpr double kLeastGain = 2e-4;            // of the mean imbalance, for a step
-inline constexpr double kLikely = -0.5, kSure = 0.3;  // standard errors, on a few batches and on all
+inline constexpr double kLikely = -0.5, kSure = 0.5;  // standard errors, on a few batches and on all
 
 struct Candidate {
   SlotWrite first, second;  // second.slot < 0: one write alone
@@ -69,6 +70,8 @@ class Best {
     T item;
   };
   const std::vector<Kept>& kept() const { return kept_; }
+  // What has to be exceeded.
+  double floor() const { return static_cast<int>(kept_.size()) < most_ ? 0.0 : kept_.back().score; }
 
  private:
   int most_;
@@ -84,7 +87,17 @@ class ChangeSearch {
       : task_(task),
         solve_(solve),
         start_(task.phy2log, task.phy2log + task.n_physical),
-        left_(static_cast<size_t>(task.n_ranks) * task.n_logical, 0) {}
+        at_start_(static_cast<size_t>(task.n_ranks) * task.n_logical, 0),
+        left_(at_start_),
+        group_of_(task.n_ranks),
+        node_of_(task.n_ranks) {
+    const int n_slots = task.n_physical / task.n_ranks;
+    for (int s = 0; s < task.n_physical; ++s) at_start_[s / n_slots * task.n_logical + start_[s]] = 1;
+    for (int r = 0; r < task.n_ranks; ++r) {
+      group_of_[r] = r / task.group_size;
+      node_of_[r] = r / task.ranks_per_node;
+    }
+  }
 
   ChangePath run() {
     descend_on_sum();
@@ -113,8 +126,8 @@ class ChangeSearch {
     width_ = std::min(width, task.batches);
     few_ = std::min(change::kFew, width_);
     draft_ = std::make_unique<Draft<Solve>>(now_task_, width_, solve_);
-    level_.assign(static_cast<size_t>(task_.n_ranks) * few_, 0.0);
-    share_.assign(static_cast<size_t>(task_.n_physical) * few_, 0.0);
+    level_.assign(static_cast<size_t>(task_.n_ranks) * change::kFew, 0.0);
+    share_.assign(static_cast<size_t>(task_.n_physical) * change::kFew, 0.0);
     now_.assign(width_, 0.0);
     then_.assign(width_, 0.0);
   }
@@ -123,7 +136,7 @@ class ChangeSearch {
   void descend(double wanted, int most_idle) {
     for (int step = 0, idle = 0; idle < most_idle && n_moved_ < task_.most_writes; ++step) {
       look(step);
-      draft_->solve_and_level(now_.data(), few_, level_.data(), share_.data());
+      draft_->solve_and_level(now_.data(), few_, change::kFew, level_.data(), share_.data());
       const double now = average(now_, width_);
       if (now <= wanted) return;
       idle = take_best(now) ? 0 : idle + 1;
@@ -147,10 +160,7 @@ class ChangeSearch {
     draft_->look_at(now_task_, rows);
   }
 
-  bool at_start(int rank, int e) const {
-    const auto begin = start_.begin() + rank * draft_->n_slots, end = begin + draft_->n_slots;
-    return std::find(begin, end, e) != end;
-  }
+  bool at_start(int rank, int e) const { return at_start_[rank * task_.n_logical + e] != 0; }
 
   // Of having e in a slot of that rank.
   double price(int rank, int e) const { return at_start(rank, e) ? 0.0 : task_.cost[e]; }
@@ -183,52 +193,84 @@ class ChangeSearch {
   }
 
   // What has left a rank does not come back: the search ends.
-  bool open(int rank, int e) const { return !draft_->holds(rank, e) && !left_[rank * task_.n_logical + e]; }
+  bool open(int rank, int e) const {
+    const bool held =
+        draft_->home[e] == group_of_[rank] && draft_->ranks[e].has(rank - group_of_[rank] * task_.group_size);
+    return !held && !left_[rank * task_.n_logical + e];
+  }
 
-  int node_of(int rank) const { return rank / task_.ranks_per_node; }
   bool reaches_node(int e, int node) const {
+    if (task_.ranks_per_node == task_.n_ranks) return true;
     for (auto left = draft_->ranks[e]; !left.empty();) {
       const int r = left.lowest();
       left.drop(r);
-      if (node_of(draft_->home[e] * task_.group_size + r) == node) return true;
+      if (node_of_[draft_->home[e] * task_.group_size + r] == node) return true;
     }
     return false;
   }
   bool may_be_copied(int e, int rank) const {
-    return draft_->home[e] == rank / task_.group_size && open(rank, e) && reaches_node(e, node_of(rank));
+    return draft_->home[e] == group_of_[rank] && open(rank, e) && reaches_node(e, node_of_[rank]);
   }
   bool may_go(int e, int from, int to) const {
-    if (!open(to, e)) return false;
-    if (node_of(from) != node_of(to) && task_.ranks_per_node < task_.n_ranks) return false;
-    return draft_->count[e] == 1 || from / task_.group_size == to / task_.group_size;
+    if (!open(to, e) || node_of_[from] != node_of_[to]) return false;
+    return draft_->count[e] == 1 || group_of_[from] == group_of_[to];
   }
+
+  // What a slot's copy leaves behind, for every one of the few batches.
+  struct Room {
+    double at[change::kFew], low[change::kFew], other[change::kFew], freed[change::kFew];
+    double most;  // of what writing it may save on its rank, less what that costs elsewhere
+    int slot, rank;
+  };
 
   void guess_copies(change::Best<change::Candidate>& best) const {
     change::Best<int> experts(change::kCrowded), slots(change::kCrowded);
-    std::vector<double> level(few_), share(few_), elsewhere(change::kCrowded * few_);
+    double level[change::kFew], share[change::kFew];
     for (int e = 0; e < task_.n_logical; ++e) {
-      const double sum = crowding(e, level.data(), share.data());
+      const double sum = crowding(e, level, share);
       if (sum > 0.0) experts.offer(sum, e);
     }
     for (int s = 0; s < task_.n_physical; ++s)
-      if (draft_->count[draft_->expert_at[s]] > 1) slots.offer(room(s, level.data()), s);
-    for (size_t i = 0; i < slots.kept().size(); ++i) room(slots.kept()[i].item, &elsewhere[i * few_]);
+      if (draft_->count[draft_->expert_at[s]] > 1) slots.offer(room(s, level), s);
+    std::vector<Room> rooms;
+    for (const auto& kept : slots.kept()) rooms.push_back(room_of(kept.item));
     for (const auto& kept : experts.kept()) {
       const int e = kept.item;
-      crowding(e, level.data(), share.data());
-      for (size_t i = 0; i < slots.kept().size(); ++i) {
-        const int s = slots.kept()[i].item, r = draft_->rank_of(s);
-        if (!may_be_copied(e, r)) continue;
+      crowding(e, level, share);
+      double most = 0.0;
+      for (int k = 0; k < change::kFew; ++k) most += excess(level[k]) - excess(level[k] - share[k]);
+      for (const Room& room : rooms) {
+        if (hopeless(e, most + room.most, best) || !may_be_copied(e, room.rank)) continue;
         double saved = 0.0;
-        for (int k = 0; k < few_; ++k) {
-          const double high = level[k], at = level_[r * few_ + k], freed = share_[s * few_ + k], low = at - freed;
-          const double moved = std::min(share[k], std::max(0.0, 0.5 * (high - low))), other = elsewhere[i * few_ + k];
-          saved += excess(high) - excess(high - moved) + excess(at) - excess(low + moved) + excess(other) -
-                   excess(other + freed);
+        for (int k = 0; k < change::kFew; ++k) {
+          const double moved = std::min(share[k], std::max(0.0, 0.5 * (level[k] - room.low[k])));
+          saved += excess(level[k]) - excess(level[k] - moved) + excess(room.at[k]) - excess(room.low[k] + moved) +
+                   excess(room.other[k]) - excess(room.other[k] + room.freed[k]);
         }
-        offer({{s, e}, {-1, -1}}, saved, best);
+        offer({{room.slot, e}, {-1, -1}}, saved, best);
       }
     }
+  }
+
+  Room room_of(int s) const {
+    Room found;
+    found.slot = s;
+    found.rank = draft_->rank_of(s);
+    found.most = 0.0;
+    room(s, found.other);
+    for (int k = 0; k < change::kFew; ++k) {
+      found.at[k] = level_[found.rank * change::kFew + k];
+      found.freed[k] = share_[s * change::kFew + k];
+      found.low[k] = found.at[k] - found.freed[k];
+      found.most +=
+          excess(found.at[k]) - excess(found.low[k]) + excess(found.other[k]) - excess(found.other[k] + found.freed[k]);
+    }
+    return found;
+  }
+
+  // Whether a write of e that saves no more is not among the best, whatever else is true of it.
+  bool hopeless(int e, double saved, const change::Best<change::Candidate>& best) const {
+    return !(saved > 0.25 * task_.cost[e] * best.floor());
   }
 
   void offer(const change::Candidate& c, double saved, change::Best<change::Candidate>& best) const {
@@ -237,68 +279,77 @@ class ChangeSearch {
 
   double crowding(int e, double* level, double* share) const {
     double sum = 0.0;
-    for (int k = 0; k < few_; ++k) level[k] = share[k] = 0.0;
+    for (int k = 0; k < change::kFew; ++k) level[k] = share[k] = 0.0;
     for (auto left = draft_->ranks[e]; !left.empty();) {
       const int r = draft_->home[e] * task_.group_size + left.lowest();
       left.drop(left.lowest());
       const int s = draft_->slot_of(r, e);
-      for (int k = 0; k < few_; ++k)
-        if (share_[s * few_ + k] > 0.0 && level_[r * few_ + k] > level[k]) {
-          level[k] = level_[r * few_ + k];
-          share[k] = share_[s * few_ + k];
+      for (int k = 0; k < change::kFew; ++k)
+        if (share_[s * change::kFew + k] > 0.0 && level_[r * change::kFew + k] > level[k]) {
+          level[k] = level_[r * change::kFew + k];
+          share[k] = share_[s * change::kFew + k];
         }
     }
-    for (int k = 0; k < few_; ++k) sum += std::max(0.0, level[k] - 1.0) * share[k];
+    for (int k = 0; k < change::kFew; ++k) sum += std::max(0.0, level[k] - 1.0) * share[k];
     return sum;
   }
 
-  // How much below the mean a rank is without what this slot takes, less what that puts above it elsewhere.
-  double room(int s, double* level_f) const {
+  // How much below the mean a rank is without what this slot takes, less what that puts above it elsewhere; and the
+  // least loads elsewhere.
+  double room(int s, double* elsewhere) const {
     const int e = draft_->expert_at[s], r = draft_->rank_of(s);
-    for (int k = 0; k < few_; ++k) level_f[k] = 1e9;
+    for (int k = 0; k < change::kFew; ++k) elsewhere[k] = 1e9;
     for (auto left = draft_->ranks[e]; !left.empty();) {
       const int q = draft_->home[e] * task_.group_size + left.lowest();
       left.drop(left.lowest());
       if (q == r) continue;
-      for (int k = 0; k < few_; ++k) level_f[k] = std::min(level_f[k], level_[q * few_ + k]);
+      for (int k = 0; k < change::kFew; ++k) elsewhere[k] = std::min(elsewhere[k], level_[q * change::kFew + k]);
     }
     double sum = 0.0;
     for (int k = 0; k < few_; ++k) {
-      const double y = share_[s * few_ + k];
-      sum += 1.0 - (level_[r * few_ + k] - y) - std::max(0.0, level_f[k] + y - 1.0);
+      const double y = share_[s * change::kFew + k];
+      sum += 1.0 - (level_[r * change::kFew + k] - y) - std::max(0.0, elsewhere[k] + y - 1.0);
     }
     return sum;
   }
 
   void guess_exchanges(change::Best<change::Candidate>& best) const {
-    change::Best<int> slots(change::kCrowded), quiet(change::kQuietRanks);
+    change::Best<int> slots(change::kExchanged), quiet(change::kQuietRanks);
     for (int r = 0; r < task_.n_ranks; ++r) {
       double sum = 0.0;
-      for (int k = 0; k < few_; ++k) sum -= level_[r * few_ + k];
+      for (int k = 0; k < change::kFew; ++k) sum -= level_[r * change::kFew + k];
       quiet.offer(sum, r);
     }
     for (int s = 0; s < task_.n_physical; ++s) {
       double sum = 0.0;
       const int r = draft_->rank_of(s);
-      for (int k = 0; k < few_; ++k) sum += share_[s * few_ + k] * std::max(0.0, level_[r * few_ + k] - 1.0);
+      for (int k = 0; k < change::kFew; ++k)
+        sum += share_[s * change::kFew + k] * std::max(0.0, level_[r * change::kFew + k] - 1.0);
       if (sum > 0.0) slots.offer(sum, s);
     }
-    for (const auto& kept : slots.kept())
+    for (const auto& kept : slots.kept()) {
+      const int s = kept.item, q = draft_->rank_of(s), e = draft_->expert_at[s];
+      const double *share = &share_[s * change::kFew], *high = &level_[q * change::kFew];
+      double most = 0.0;
+      for (int k = 0; k < change::kFew; ++k) most += excess(high[k]) - excess(high[k] - share[k]);
       for (const auto& kept_r : quiet.kept()) {
-        const int s = kept.item, q = draft_->rank_of(s), e = draft_->expert_at[s], r = kept_r.item;
-        if (q == r || !may_go(e, q, r)) continue;
+        const int r = kept_r.item;
+        const double* low = &level_[r * change::kFew];
+        double before = 0.0;
+        for (int k = 0; k < change::kFew; ++k) before += excess(low[k]);
+        if (q == r || hopeless(e, most + before, best) || !may_go(e, q, r)) continue;
+        for (int k = 0; k < change::kFew; ++k) before += excess(high[k]);
         for (int t = r * draft_->n_slots; t < (r + 1) * draft_->n_slots; ++t) {
-          const int f = draft_->expert_at[t];
-          if (!may_go(f, r, q)) continue;
-          double saved = 0.0;
-          for (int k = 0; k < few_; ++k) {
-            const double high = level_[q * few_ + k], low = level_[r * few_ + k];
-            const double moved = share_[s * few_ + k] - share_[t * few_ + k];
-            saved += excess(high) - excess(high - moved) + excess(low) - excess(low + moved);
+          double saved = before;
+          for (int k = 0; k < change::kFew; ++k) {
+            const double moved = share[k] - share_[t * change::kFew + k];
+            saved -= excess(high[k] - moved) + excess(low[k] + moved);
           }
-          offer({{t, e}, {s, f}}, saved, best);
+          const int f = draft_->expert_at[t];
+          if (!hopeless(e, saved, best) && may_go(f, r, q)) offer({{t, e}, {s, f}}, saved, best);
         }
       }
+    }
   }
 
   void close(int slot) { left_[draft_->rank_of(slot) * task_.n_logical + draft_->expert_at[slot]] = 1; }
@@ -310,40 +361,66 @@ class ChangeSearch {
       draft_->exchange(c.first.slot, c.second.slot);
   }
 
-  // What a candidate takes off the imbalance of the first n batches, per weight; 0 unless they agree on it.
-  double try_out(const change::Candidate& c, int n) {
-    const int before = draft_->expert_at[c.first.slot];
-    const double weight = weight_of(c);
-    apply(c);
-    draft_->solve(then_.data(), n);
+  void undo(const change::Candidate& c, int before) {
     if (c.second.slot < 0)
       draft_->write(c.first.slot, before);
     else
       draft_->exchange(c.first.slot, c.second.slot);
-    double sum = 0.0, squares = 0.0;
-    for (int k = 0; k < n; ++k) {
-      const double x = now_[k] - then_[k];
-      sum += x;
-      squares += x * x;
-    }
-    const double mean = sum / n, variance = std::max(0.0, squares / n - mean * mean);
+  }
+
+  double gain_so_far(int n) const {
+    double sum = 0.0;
+    for (int k = 0; k < n; ++k) sum += now_[k] - then_[k];
+    return sum / n;
+  }
+
+  // The most that a candidate can take off the imbalance of the first few batches, per weight, by the cuts known.
+  double most_of(const change::Candidate& c) {
+    const int before = draft_->expert_at[c.first.slot];
+    const double weight = weight_of(c);
+    apply(c);
+    draft_->bound(then_.data(), few_);
+    undo(c, before);
+    const double most = gain_so_far(few_);
+    return most > change::kLeastGain ? most / weight : 0.0;
+  }
+
+  // What a candidate takes off the imbalance of the first n batches, per weight; 0 unless they agree on it, or if it is
+  // not above `wanted`, which is often clear before all batches are solved.
+  double try_out(const change::Candidate& c, int n, double wanted) {
+    const int before = draft_->expert_at[c.first.slot];
+    const double weight = weight_of(c), least = std::max(change::kLeastGain, wanted * weight);
+    apply(c);
+    draft_->bound(then_.data(), n);
+    for (int k = 0; k < n && gain_so_far(n) > least; ++k) then_[k] = draft_->solve_next(k);
+    undo(c, before);
+    const double mean = gain_so_far(n);
+    if (!(mean > least)) return 0.0;
+    double squares = 0.0;
+    for (int k = 0; k < n; ++k) squares += (now_[k] - then_[k]) * (now_[k] - then_[k]);
+    const double variance = std::max(0.0, squares / n - mean * mean);
     const double sure_by = n < width_ ? change::kLikely : change::kSure;
-    const bool sure = mean > change::kLeastGain && mean * mean * (n - 1) >= sure_by * sure_by * variance;
-    return sure ? mean / weight : 0.0;
+    return mean * mean * (n - 1) >= sure_by * sure_by * variance ? mean / weight : 0.0;
   }
 
   bool take_best(double now) {
-    change::Best<change::Candidate> copies(change::kScored), exchanges(change::kScored);
+    change::Best<change::Candidate> copies(change::kScored), exchanges(change::kScored), likely(2 * change::kScored);
     guess_copies(copies);
     guess_exchanges(exchanges);
-    change::Best<change::Candidate> finalists(width_ == few_ ? 1 : change::kFinalists), best(1);
     for (const auto* kind : {&copies, &exchanges})
       for (const auto& kept : kind->kept()) {
-        const double gain = try_out(kept.item, few_);
-        if (gain > 0.0) finalists.offer(gain, kept.item);
+        const double most = most_of(kept.item);
+        if (most > 0.0) likely.offer(most, kept.item);
       }
+    const int n_finalists = width_ == few_ ? 1 : change::kFinalists;
+    change::Best<change::Candidate> finalists(n_finalists), best(1);
+    for (const auto& kept : likely.kept()) {
+      if (!(kept.score > finalists.floor())) break;
+      const double gain = try_out(kept.item, few_, finalists.floor());
+      if (gain > 0.0) finalists.offer(gain, kept.item);
+    }
     for (const auto& kept : finalists.kept()) {
-      const double gain = width_ == few_ ? kept.score : try_out(kept.item, width_);
+      const double gain = width_ == few_ ? kept.score : try_out(kept.item, width_, best.floor());
       if (gain > 0.0) best.offer(gain, kept.item);
     }
     if (best.kept().empty()) return false;
@@ -368,10 +445,12 @@ class ChangeSearch {
   const std::vector<int32_t> start_;  // phy2log
   int width_ = 0, few_ = 0;           // batches looked at at once; those of them that candidates are guessed from
   std::unique_ptr<Draft<Solve>> draft_;
-  std::vector<double> level_, share_, now_, then_;  // [n_ranks | n_physical, few], [width]
-  int n_moved_ = 0;                                 // slots that differ from the start
-  double spent_ = 0.0;                              // on them
-  std::vector<char> left_;                          // [n_ranks, n_logical] experts that were taken off a rank
+  std::vector<double> level_, share_;    // [n_ranks | n_physical, kFew], 0 beyond the batches there are
+  std::vector<double> now_, then_;       // [width]
+  int n_moved_ = 0;                      // slots that differ from the start
+  double spent_ = 0.0;                   // on them
+  std::vector<char> at_start_, left_;    // [n_ranks, n_logical] experts that were there; that were taken off a rank
+  std::vector<int> group_of_, node_of_;  // [n_ranks]
   ChangePath path_;
 };
 

@@ -1,5 +1,6 @@
 #include "change.h"
 
+#include "../core/rate.h"
 #include "solve.h"
 
 namespace lplb::cpu {
@@ -8,5 +9,15 @@ ChangePath find_changes(const ChangeTask& task) {
   const FindBottleneck solve = best_instruction_set().find_bottleneck;
   return ChangeSearch<FindBottleneck>(task, solve).run();
 }
+
+struct PlacementRating::Rated {
+  Rating<FindBottleneck> rating;
+};
+
+PlacementRating::PlacementRating(const ChangeTask& task)
+    : rated_(new Rated{{task, best_instruction_set().find_bottleneck}}) {}
+PlacementRating::~PlacementRating() = default;
+
+void PlacementRating::rate(const int32_t* phy2log, double* imbalance) { rated_->rating.rate(phy2log, imbalance); }
 
 }  // namespace lplb::cpu

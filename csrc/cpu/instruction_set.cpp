@@ -10,7 +10,7 @@
   void solve_with_traffic(const Group&, const Workspace&, const TrafficSpace&, const int64_t*, const Traffic&,        \
                           int32_t*, int64_t*, Result*, IterationRow*);                                                \
   double optimum_on_one_thread(const Group&, const Workspace&, const int64_t*);                                       \
-  double bottleneck_on_one_thread(const Group&, const Workspace&, double);                                            \
+  double bottleneck_on_one_thread(const Group&, const Workspace&, double, const WarmStart&);                          \
   }
 LPLB_DECLARE(portable)
 #ifdef LPLB_HAVE_AVX2

@@ -33,10 +33,8 @@ double optimum_on_one_thread(const Group& g, const Workspace& x, const int64_t* 
   return set_words(g.n_ranks) == 1 ? optimum<1>(team, g, x, loads) : optimum<2>(team, g, x, loads);
 }
 
-double bottleneck_on_one_thread(const Group& g, const Workspace& x, double mean) {
-  Solo team;
-  return (set_words(g.n_ranks) == 1 ? bottleneck_flow<1>(team, g, x, mean) : bottleneck_flow<2>(team, g, x, mean))
-      .bound;
+double bottleneck_on_one_thread(const Group& g, const Workspace& x, double mean, const WarmStart& start) {
+  return set_words(g.n_ranks) == 1 ? warm_bottleneck<1>(g, x, mean, start) : warm_bottleneck<2>(g, x, mean, start);
 }
 
 }  // namespace LPLB_ISA

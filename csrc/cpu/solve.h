@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/traffic.h"
+#include "../core/warm.h"
 
 namespace lplb::cpu {
 
@@ -17,9 +18,9 @@ using SolveGroupWithTraffic = void (*)(const Group& g, const Workspace& x, const
 // t* of one load, in tokens per unit of speed; core/optimum.h.
 using FindOptimum = double (*)(const Group& g, const Workspace& x, const int64_t* loads);
 
-// The same for tokens that the workspace was given already, as flow.h's bottleneck_flow() wants them: t* in units of
+// The same for tokens that the workspace was given already, as warm.h's warm_bottleneck() wants them: t* in units of
 // `mean`.
-using FindBottleneck = double (*)(const Group& g, const Workspace& x, double mean);
+using FindBottleneck = double (*)(const Group& g, const Workspace& x, double mean, const WarmStart& start);
 
 // The best this processor can run, and its name.
 struct InstructionSet {

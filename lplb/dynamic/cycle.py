@@ -168,6 +168,8 @@ class Cycle:
         self, epoch: int, sources: torch.Tensor | None, target: tuple[Placement, ...] | None
     ) -> Sequence[LayerPlan]:
         self._tally.at(Progress("plan"))
+        if target is None and not self.history.any():
+            raise SkippedError("no loads", "no tokens have been collected")
 
         def make() -> Sequence[LayerPlan]:
             if target is not None:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lplb.arguments import checked_group_size, seen, whole_number
-from lplb.change import Change, Found, checked_number, decide, plan_layer, survey
-from lplb.judge import Candidate, Ground, Judge, Limits
+from lplb.change import Change, Found, checked_number, decide, levelled, plan_layer, survey
+from lplb.judge import FEWEST_BATCHES, MOST_BATCHES, Candidate, Ground, Judge, Limits, Rating, mean_of, noise_of
 from lplb.placement import Placement
 from lplb.policies import place
 from lplb.relabel import nested_blocks, relabel
@@ -31,7 +31,7 @@ _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
 
 _MOST_TOKENS = 2**45  # of a row: their sums over rows, and in fixed point, are exact
-_NEWEST = 32  # rows of the second look: half of them searched on, half judged by
+_LEAST_ROWS = 3 * FEWEST_BATCHES  # for a second look at some of them
 _MOST_STOPS = 12  # of a layer's path that are weighed against those of other layers
 
 
@@ -224,10 +224,10 @@ def plan(problem: Problem) -> tuple[LayerPlan, ...]:
     """
     found = [_plan_layer(problem, layer) for layer in range(len(problem.placements))]
     budget = problem.settings.budget()
-    if budget is not None and sum(f.change.n_moves for f in found if f) > budget:
+    if budget is not None and sum(_n_moves(f) for f in found if f) > budget:
         found = _share_out(found, budget)
     return tuple(
-        _as_plan(f.change) if f else LayerPlan(placement, False, "no loads", 1.0, 1.0, 0)
+        _as_plan(f) if f else LayerPlan(placement, False, "no loads", 1.0, 1.0, 0)
         for f, placement in zip(found, problem.placements, strict=True)
     )
 
@@ -247,28 +247,48 @@ def plans_digest(plans: Sequence[LayerPlan]) -> str:
 def _plan_layer(problem: Problem, layer: int) -> Found | None:
     """What the layer would do if the budget were its own; None without loads."""
     settings, current, rows = problem.settings, problem.placements[layer], problem.history[layer]
-    rows = rows[rows.sum(axis=1) > 0]
+    rows = rows[rows.any(axis=1)][-MOST_BATCHES:]
     if not len(rows):
         return None
-    loads = np.ascontiguousarray(rows, dtype=np.float64)
     limits = settings.limits(current.n_logical)
     ground = Ground(problem.group_size, settings.n_nodes)
     if settings.policy != "change":
-        return _resolve(problem, layer, loads, limits, ground)
-    found = plan_layer(current, loads, limits, ground, steady=settings.steady)
-    if found.change.worth or len(loads) <= _NEWEST:
+        return _resolve(problem, layer, rows, limits, ground)
+    found = plan_layer(current, rows, limits, ground, steady=settings.steady)
+    if found.change.worth or len(rows) < _LEAST_ROWS:
         return found
-    again = plan_layer(current, loads[-_NEWEST:], limits, ground, steady=settings.steady)
+    return _look_again(found, rows, limits, ground)
+
+
+def _look_again(found: Found, rows: _Ints, limits: Limits, ground: Ground) -> Found:
+    """Look at the newest rows alone, if the imbalance has risen there, by more than the older half explains."""
+    judge, half = found.judge, len(rows) // 2
+    older = Rating(judge.current, np.ascontiguousarray(rows[:half]), ground.group_size)
+    before = older.imbalance(judge.slots)
+    line = mean_of(before) + max(limits.min_gain, noise_of(before, FEWEST_BATCHES))
+
+    def risen(newer: _Floats) -> bool:
+        return len(newer) == FEWEST_BATCHES and mean_of(newer) > line
+
+    if not risen(judge.before[-FEWEST_BATCHES:]):
+        return found
+    newest = FEWEST_BATCHES * (2 if risen(judge.before[-2 * FEWEST_BATCHES : -FEWEST_BATCHES]) else 1)
+    again = plan_layer(judge.current, rows[-newest:], limits, ground)
     if not again.change.worth:
         return found
-    reason = f"on the newest {_NEWEST} rows alone, {again.change.reason}"
+    # Loads that wander come back: their like is in the older half, where the moves gain now more and now less.
+    gains = before - older.imbalance(again.change.placement.phy2log.numpy())
+    gained, noise = again.change.imbalance_before - again.change.imbalance_after, noise_of(gains, newest // 2)
+    if gained <= noise:
+        return found
+    reason = f"on the newest {newest} rows alone, {again.change.reason}"
     return again._replace(change=replace(again.change, reason=reason))
 
 
-def _resolve(problem: Problem, layer: int, loads: _Floats, limits: Limits, ground: Ground) -> Found:
+def _resolve(problem: Problem, layer: int, rows: _Ints, limits: Limits, ground: Ground) -> Found:
     """Place anew on what the search would see, relabelled; gated as any change."""
     settings, current = problem.settings, problem.placements[layer]
-    judge, stay, _ = survey(current, loads, limits, ground, settings.steady)
+    judge, stay, _ = survey(current, rows, limits, ground, settings.steady)
     if stay.reason:
         return Found(stay, judge, [])
     local = settings.policy == "lp" and settings.mode != "AG" and problem.sources is not None
@@ -282,15 +302,7 @@ def _resolve(problem: Problem, layer: int, loads: _Floats, limits: Limits, groun
         n_nodes=settings.n_nodes,
         sources=sources if sources is not None and sources.any() else None,
     )
-    # Where it is known who sends what, a rank that was put on a node stays there.
-    node = [1.0 + r // (current.n_ranks // settings.n_nodes) for r in range(current.n_ranks)]
-    target = relabel(
-        current,
-        cast(Placement, placed),
-        group_size=ground.group_size,
-        n_nodes=settings.n_nodes,
-        rank_speed=node if local else None,
-    )
+    target = _renamed(problem, cast(Placement, placed), current, local)
     chosen = judge.rate(target.phy2log.numpy())
     stay = replace(stay, imbalance_resolve=judge.figure(chosen.phy2log))
     if not judge.allows(chosen.phy2log):
@@ -298,18 +310,31 @@ def _resolve(problem: Problem, layer: int, loads: _Floats, limits: Limits, groun
         return Found(replace(stay, reason=reason), judge, [])
     if chosen.n_moves == 0:
         return Found(replace(stay, reason="a placement made anew is the current one"), judge, [])
-    return Found(decide(stay, chosen, judge), judge, [])
+    change = decide(stay, chosen, judge)
+    if change.worth and settings.policy == "lp" and judge.scenarios.few:
+        # Drift does not have to be reckoned with where loads are steady: these very loads are levelled out.
+        finer = _renamed(problem, levelled(target, judge.scenarios.shown, ground), current, local)
+        rated = judge.rate(finer.phy2log.numpy())
+        again = decide(stay, rated, judge)
+        if again.worth and judge.allows(rated.phy2log) and again.imbalance_after < change.imbalance_after:
+            change = again
+    return Found(change, judge, [])
 
 
-def _as_plan(change: Change) -> LayerPlan:
-    return LayerPlan(
-        change.placement,
-        change.worth,
-        change.reason,
-        change.imbalance_before,
-        change.imbalance_after,
-        change.n_moves,
-    )
+def _renamed(problem: Problem, placed: Placement, current: Placement, local: bool) -> Placement:
+    """Name ranks and slots so that most experts stay; local: a rank that was put on a node stays there."""
+    n_nodes = problem.settings.n_nodes
+    node = [1.0 + r // (current.n_ranks // n_nodes) for r in range(current.n_ranks)]
+    return relabel(current, placed, group_size=problem.group_size, n_nodes=n_nodes, rank_speed=node if local else None)
+
+
+def _n_moves(found: Found) -> int:
+    return int((found.change.placement.phy2log.numpy() != found.judge.slots).sum())
+
+
+def _as_plan(found: Found) -> LayerPlan:
+    c = found.change
+    return LayerPlan(c.placement, c.worth, c.reason, c.imbalance_before, c.imbalance_after, _n_moves(found))
 
 
 # ---- one budget for all layers
@@ -344,7 +369,7 @@ def _share_out(found: Sequence[Found | None], budget: int) -> list[Found | None]
             continue
         candidate = stops[layer][i][0]
         left -= candidate.n_moves
-        if candidate.n_moves < f.change.n_moves:
+        if candidate.n_moves < _n_moves(f):
             change = decide(_kept(f, ""), candidate, f.judge)
             shared[layer] = f._replace(change=replace(change, reason=f"{change.reason}, the share of the budget"))
     return shared
@@ -355,11 +380,12 @@ def _stops(found: Found) -> list[tuple[Candidate, float]]:
     judge, change = found.judge, found.change
     if not change.worth:
         return []
-    mean = float(judge.scenarios.shown.sum(axis=1).mean()) / change.placement.n_ranks
-    path = [p for p in found.path if 0 < (p != judge.slots).sum() < change.n_moves]
+    mean = float(judge.scenarios.tokens.mean()) / change.placement.n_ranks
+    most = _n_moves(found)
+    path = [p for p in found.path if 0 < (p != judge.slots).sum() < most]
     every = -(-len(path) // _MOST_STOPS) if path else 1
     ways = [judge.rate(p) for p in path[::every]] + [judge.rate(change.placement.phy2log.numpy())]
-    return [(c, c.gain * mean) for c in ways if c.n_moves == change.n_moves or _holds(c, judge)]
+    return [(c, c.gain * mean) for c in ways if c.n_moves == most or _holds(c, judge)]
 
 
 def _holds(candidate: Candidate, judge: Judge) -> bool:
@@ -376,7 +402,6 @@ def _kept(found: Found, reason: str) -> Change:
     return replace(
         change,
         placement=current,
-        moves=(),
         bytes=None if change.bytes is None else 0,
         imbalance_after=change.imbalance_before,
         saving=None if change.saving is None else 0.0,

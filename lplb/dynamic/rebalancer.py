@@ -144,7 +144,7 @@ class Rebalancer:
             self._watchdog = _above_0("watchdog", watchdog)
             self._service_timeout = _above_0("service_timeout", service_timeout)
             if not (source == "peers" or callable(source) or hasattr(source, "bring")):
-                raise ValueError(f"source is {seen(source)}, allowed are 'peers', a Source and a function")
+                raise ValueError(f"source is {source!r}, allowed are 'peers', a Source and a function")
             pace = Pace(
                 window=whole_number("window", window, 1, min(layer.collector.window for layer in layers)),
                 layers_at_once=whole_number("layers_at_once", layers_at_once, 1),
@@ -395,7 +395,7 @@ class Rebalancer:
             self._cycle.run(clock, target)
         except SkippedError as skipped:
             if self._tally.skip(skipped.kind, str(skipped)):
-                quiet = skipped.kind in ("no gain", "closed")
+                quiet = skipped.kind in ("no gain", "no loads", "closed")
                 _log.log(
                     logging.DEBUG if quiet else logging.WARNING,
                     "rebalancing skipped (%s), the placement stays: %s",
