@@ -4,12 +4,15 @@ import gc
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, field
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from lplb.dynamic import metrics
+from lplb import Placement
+from lplb.dynamic import Dispatcher, LoadCollector, Rebalancer, Stats, metrics
 
 prometheus_client = pytest.importorskip("prometheus_client", reason="needs prometheus-client, which is not installed")
 openmetrics = pytest.importorskip("prometheus_client.openmetrics.exposition")
@@ -19,37 +22,34 @@ from prometheus_client.parser import text_string_to_metric_families  # noqa: E40
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass
-class Stats:
-    """As `lplb.dynamic.Stats`, with other values for every number."""
-
-    layers: tuple = ("blocks.0.moe", "blocks.1.moe", 'odd "name"\n\\')
-    balancedness: tuple = (0.75, math.nan, 1.0)
-    epoch: int = 7
-    cycles: int = 11
-    swaps: int = 5
-    plan_seconds: float = 0.125
-    transfer_seconds: float = 2.5
-    bytes_moved: int = 2**40 + 1
-    bytes_lower_bound: int = 2**40
-    skipped: dict = field(default_factory=dict)
-    placement_age: float = 12.25
-    stalls: int = 3
-    stall_seconds: float = 0.0625
-    staging_bytes: int = 4096
-    stage: str = "transfer"
-    held: bool = True
+VALUES = {  # another one for every number
+    "layers": ("blocks.0.moe", "blocks.1.moe", 'odd "name"\n\\'),
+    "balancedness": (0.75, math.nan, 1.0),
+    "epoch": 7,
+    "cycles": 11,
+    "swaps": 5,
+    "plan_seconds": 0.125,
+    "transfer_seconds": 2.5,
+    "bytes_moved": 2**40 + 1,
+    "bytes_lower_bound": 2**40,
+    "placement_age": 12.25,
+    "stalls": 3,
+    "stall_seconds": 0.0625,
+    "staging_bytes": 4096,
+    "stage": "transfer",
+    "held": True,
+}
 
 
-class Rebalancer:
-    """Counts how often it is asked."""
+class Asked:
+    """In the place of a rebalancer: has statistics, and counts how often it is asked for them."""
 
     def __init__(self, **values):
         self.values, self.asked = values, 0
 
     def stats(self):
         self.asked += 1
-        return Stats(**self.values)
+        return Stats(**{**VALUES, **self.values})
 
 
 def scraped(registry):
@@ -65,7 +65,7 @@ def scraped(registry):
 
 
 def exported(**values):
-    rebalancer, registry = Rebalancer(**values), prometheus_client.CollectorRegistry()
+    rebalancer, registry = Asked(**values), prometheus_client.CollectorRegistry()
     metrics.export(rebalancer, registry)
     return rebalancer, registry
 
@@ -147,7 +147,7 @@ def test_it_is_openmetrics_too():
 
 
 def test_the_global_registry_is_the_default(monkeypatch):
-    registry, rebalancer = prometheus_client.CollectorRegistry(), Rebalancer()
+    registry, rebalancer = prometheus_client.CollectorRegistry(), Asked()
     monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
     collector = metrics.export(rebalancer)
     assert "lplb_epoch" in scraped(registry)
@@ -158,7 +158,7 @@ def test_the_global_registry_is_the_default(monkeypatch):
 def test_a_second_rebalancer_in_a_registry_is_refused():
     first, registry = exported()
     with pytest.raises(ValueError, match="lplb_epoch"):
-        metrics.export(Rebalancer(), registry)
+        metrics.export(Asked(), registry)
     scraped(registry)
     assert first.asked == 1
 
@@ -171,6 +171,27 @@ def test_metrics_go_with_their_rebalancer():
     assert not scraped(registry)
 
 
+def test_a_rebalancer_is_exported():
+    model = nn.Module()
+    model.moe = nn.Module()
+    model.moe.dispatcher = Dispatcher(Placement(range(4), 1), [torch.zeros(4, 2)], 0)
+    model.moe.collector = LoadCollector(4)
+    registry = prometheus_client.CollectorRegistry()
+    with Rebalancer(model, interval=1, window=2) as rebalancer:
+        metrics.export(rebalancer, registry)
+        model.moe.collector.collect(torch.tensor([0, 1, 1, 3]))
+        rebalancer.hold()
+        for _ in range(1000):
+            found = scraped(registry)
+            if found["lplb_balancedness_ratio"][1]:
+                break
+            time.sleep(0.01)
+        assert found["lplb_balancedness_ratio"][1] == {("lplb_balancedness_ratio", ("layer", "moe")): 1.0}
+        assert found["lplb_cycles"][1] == {("lplb_cycles_total",): 1}
+        assert found["lplb_held"][1] == {("lplb_held",): 1}
+    assert scraped(registry)["lplb_stage"][1]["lplb_stage", ("lplb_stage", "closed")] == 1
+
+
 def test_what_has_no_stats_is_refused():
     with pytest.raises(TypeError, match=r"rebalancer is a int, allowed is a Rebalancer"):
         metrics.export(3, prometheus_client.CollectorRegistry())
@@ -179,8 +200,13 @@ def test_what_has_no_stats_is_refused():
 def test_without_the_package_the_error_says_how_to_get_it():
     code = """
 import sys
+import time
 sys.modules["prometheus_client"] = None
-from lplb.dynamic import metrics
+import torch
+from torch import nn
+
+from lplb import Placement
+from lplb.dynamic import Dispatcher, LoadCollector, Rebalancer, Stats, metrics
 try:
     metrics.export(object())
 except ImportError as error:
