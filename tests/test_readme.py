@@ -21,6 +21,18 @@ recorded = {"logical_count": torch.from_numpy(batches), "rank": 0}
 torch.save(recorded, "expert_distribution_recorder_1.pt")
 """,
     "simulate.md": "",
+    "dynamic.md": """
+import torch
+from torch import nn
+from lplb import Placement
+torch.manual_seed(0)
+ep_group, rank, n_ranks, n_experts = None, 0, 1, 8
+all_up, all_down = torch.randn(n_experts, 4, 6), torch.randn(n_experts, 6, 4)
+layers = [(Placement(range(n_experts), n_ranks), all_up.clone(), all_down.clone()) for _ in range(2)]
+x, experts = torch.randn(5, 4), torch.randint(n_experts, (5, 2))
+def dispatch_and_combine(x, slots, up, down):
+    return torch.einsum("tw,tkwh,tkhv->tv", x, up[slots], down[slots])
+""",
 }
 
 
