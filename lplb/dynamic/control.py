@@ -11,9 +11,12 @@ import torch.distributed as dist
 
 from lplb import exchange
 
-__all__ = ["Control", "SkippedError", "Stage"]
+__all__ = ["KINDS", "Control", "SkippedError", "Stage"]
 
 _LABEL = 3  # words behind a row, the same on all ranks that are in step
+
+KINDS = ("no gain", "no loads", "loads", "plan", "memory", "transfer", "commit", "closed")
+"""Why a cycle may end early."""
 
 T = TypeVar("T")
 
@@ -33,7 +36,7 @@ class SkippedError(Exception):
     """A cycle goes no further, on any rank, and nothing is lost.
 
     Args:
-        kind: a word that stays the same, for counting.
+        kind: one of `KINDS`, for counting.
         reason: what happened, in a sentence.
     """
 
@@ -87,7 +90,7 @@ class Control:
 
         Args:
             stage: as for `gather`.
-            kind: of the `SkippedError`.
+            kind: of the `SkippedError`, unless the action raises one of its own.
             action: what to do; if it is collective itself, with the same calls on every rank that has no error.
             print_of: from the outcome to what is the same on every rank, by its ``repr``.
 
@@ -103,11 +106,13 @@ class Control:
             raise
         except Exception as problem:
             error = problem
-        told = self.gather(stage, [int(error is not None), *words])
+        mine = error.kind if isinstance(error, SkippedError) else kind
+        told = self.gather(stage, [0 if error is None else 1 + KINDS.index(mine), *words])
         failed = next((rank for rank, theirs in enumerate(told) if theirs[0]), None)
         if failed is not None:
             text = exchange.message_of(self.ranks, failed, "" if error is None else str(error) or repr(error))
-            raise SkippedError(kind, text if self.size == 1 else f"rank {failed}: {text}") from error
+            why = KINDS[told[failed][0] - 1]
+            raise SkippedError(why, text if self.size == 1 else f"rank {failed}: {text}") from error
         odd = next((rank for rank, theirs in enumerate(told) if theirs[1:] != told[0][1:]), None)
         if odd is not None:
             raise SkippedError(kind, f"rank {odd} has another outcome than rank 0")

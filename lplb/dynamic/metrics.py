@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from lplb.dynamic.control import KINDS
+
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import Metric
@@ -19,7 +21,7 @@ __all__ = ["REASONS", "STAGES", "Observed", "RebalancerMetrics", "export", "reas
 STAGES = ("idle", "collect", "plan", "transfer", "commit", "wait", "closed", "failed")
 """What a rebalancer may be at: the states of ``lplb_stage``."""
 
-REASONS = ("no_gain", "loads", "plan", "memory", "transfer", "commit", "closed", "other")
+REASONS = (*(kind.replace(" ", "_") for kind in KINDS), "other")
 """Where a cycle ended early: values of the label ``reason`` of ``lplb_skipped_rebalances_total``. The reason in words
 is in the log, and in ``stats().last_reason``."""
 
