@@ -428,7 +428,8 @@ def message_of(exchange: Exchange, rank: int, text: str) -> str:
     """Return what one rank has to say, on every rank; cut after 1024 bytes. Collective."""
     if isinstance(exchange, (Local, Known)):  # nobody else to tell
         return text
-    row = torch.frombuffer(bytearray(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.int32)
+    said = text.encode(errors="backslashreplace")[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    row = torch.frombuffer(bytearray(said), dtype=torch.int32)
     table = torch.zeros(exchange.size, len(row), dtype=torch.int32, device="cpu")
     width = exchange.line.columns if isinstance(exchange, Distributed) else len(row)
     for first in range(0, len(row), width):

@@ -27,7 +27,6 @@ class _State(Enum):
     IDLE = "nothing is agreed"
     PROMISED = "this rank swaps if all do"
     AGREED = "all ranks swap"
-    FAILED = "another rank is lost"
 
 
 class SwapPoint:
@@ -47,15 +46,16 @@ class SwapPoint:
         """Nothing is agreed."""
         self.steps = self.stalls = 0
         self.stall_seconds = 0.0
-        self._due = _NEVER
+        self._look_from = _NEVER  # the first step in which a pass has to look at all that follows
         self._state = _State.IDLE
+        self._due = _NEVER
         self._error: Exception | None = None
         self._changed = threading.Condition()
 
     # ---- the thread of the forward passes
 
     def advance(self) -> bool:
-        """Begin a forward pass.
+        """Begin a forward pass. One that raises has not begun: it may be repeated.
 
         Returns:
             Whether the swap belongs to this step; `done` is then to be called before the next.
@@ -63,41 +63,52 @@ class SwapPoint:
         Raises:
             RuntimeError: the background thread has lost a rank, or the last swap was agreed on and not made.
         """
-        self.steps += 1  # before the look at _due: promise() writes and reads the other way round
-        return self.steps >= self._due and self._look()
+        self.steps += 1  # before the look: promise() writes and reads the other way round
+        return self.steps >= self._look_from and self._look()
 
     def done(self) -> None:
         """Say that the swap has been made."""
         with self._changed:
-            self._set(_State.IDLE, _NEVER)
+            if self._state is _State.AGREED:
+                self._set(_State.IDLE, _NEVER)
 
     def _look(self) -> bool:
-        with self._changed:
-            if self._state is _State.PROMISED:
-                begin = time.perf_counter()
-                self._changed.wait_for(lambda: self._state is not _State.PROMISED)
-                self.stalls += 1
-                self.stall_seconds += time.perf_counter() - begin
-            if self._state is _State.FAILED:
-                raise RuntimeError(f"rebalancing has stopped, the placement is as before: {self._error}")
-            if self._state is _State.AGREED and self.steps > self._due:
-                raise RuntimeError(
-                    f"all ranks agreed on a swap at step {self._due}, update_flag said so, and at step {self.steps} it "
-                    "has not been made; call update_module_weight_and_map() whenever update_flag is true"
-                )
-            return self._state is _State.AGREED
+        try:
+            with self._changed:
+                if self._is_in_doubt():
+                    begin = time.perf_counter()
+                    self._changed.wait_for(lambda: not self._is_in_doubt())
+                    self.stalls += 1
+                    self.stall_seconds += time.perf_counter() - begin
+                if self._error is not None:
+                    raise RuntimeError(f"rebalancing has stopped, the placement is as before: {self._error}")
+                if self._state is not _State.AGREED:
+                    return False
+                if self.steps > self._due:
+                    raise RuntimeError(
+                        f"all ranks agreed on a swap at step {self._due}, update_flag said so, and at step "
+                        f"{self.steps} it has not been made; call update_module_weight_and_map() whenever "
+                        "update_flag is true"
+                    )
+                return self.steps == self._due
+        except BaseException:  # an interrupt while it waits as well
+            self.steps -= 1
+            raise
+
+    def _is_in_doubt(self) -> bool:
+        return self._state is _State.PROMISED and self.steps >= self._due and self._error is None
 
     # ---- the background thread
 
     @property
     def pending(self) -> bool:
         """Whether a swap is promised or agreed on, and not made."""
-        return self._state in (_State.PROMISED, _State.AGREED)
+        return self._state is not _State.IDLE
 
     @property
     def in_doubt(self) -> bool:
         """Whether the next forward pass would wait for an outcome."""
-        return self._state is _State.PROMISED and self.steps + 1 >= self._due
+        return self._state is _State.PROMISED and self.steps + 1 >= self._due and self._error is None
 
     def promise(self, step: int, notice: int) -> bool:
         """Promise to swap at a step, unless fewer than ``notice`` forward passes come before it.
@@ -110,9 +121,9 @@ class SwapPoint:
             Whether it is promised; `agree`, `drop` or `fail` follows.
         """
         with self._changed:
-            if self._state is not _State.IDLE:
+            if self._state is not _State.IDLE or self._error is not None:
                 return False
-            # advance() writes steps before it reads _due. So either it sees this, or its step is seen here.
+            # advance() writes steps before it reads when to look. So either it sees this, or its step is seen here.
             self._set(_State.PROMISED, step)
             if self.steps + notice > step:
                 self._set(_State.IDLE, _NEVER)
@@ -122,12 +133,13 @@ class SwapPoint:
     def agree(self) -> None:
         """All ranks have promised."""
         with self._changed:
-            self._set(_State.AGREED, self._due)
+            if self._state is _State.PROMISED:
+                self._set(_State.AGREED, self._due)
 
     def drop(self) -> None:
-        """Some rank has not promised, or the swap is given up before anybody promised."""
+        """Some rank has not promised."""
         with self._changed:
-            if self._state is not _State.FAILED:
+            if self._state is _State.PROMISED:
                 self._set(_State.IDLE, _NEVER)
 
     def fail(self, error: Exception) -> None:
@@ -138,17 +150,25 @@ class SwapPoint:
         """
         with self._changed:
             self._error = error
-            self._set(_State.FAILED, 0)
+            self._set(self._state, self._due)
 
-    def clear(self) -> None:
-        """Forget a failure. A swap that all have agreed on stays agreed on."""
+    def clear(self) -> bool:
+        """Forget a failure, unless this rank had promised a swap and never heard whether the others made it.
+
+        A swap that all have agreed on stays agreed on.
+
+        Returns:
+            Whether forward passes can go on.
+        """
         with self._changed:
-            if self._state is _State.FAILED:
+            if self._state is not _State.PROMISED:
                 self._error = None
-                self._set(_State.IDLE, _NEVER)
+                self._set(self._state, self._due)
+            return self._error is None
 
     def _set(self, state: _State, due: int) -> None:
         self._state, self._due = state, due
+        self._look_from = due if self._error is None else 0
         self._changed.notify_all()
 
 

@@ -107,10 +107,11 @@ class Control:
         except Exception as problem:
             error = problem
         mine = error.kind if isinstance(error, SkippedError) else kind
+        words_of_error = "" if error is None else _words_of(error)
         told = self.gather(stage, [0 if error is None else 1 + KINDS.index(mine), *words])
         failed = next((rank for rank, theirs in enumerate(told) if theirs[0]), None)
         if failed is not None:
-            text = exchange.message_of(self.ranks, failed, "" if error is None else str(error) or repr(error))
+            text = exchange.message_of(self.ranks, failed, words_of_error)
             why = KINDS[told[failed][0] - 1]
             raise SkippedError(why, text if self.size == 1 else f"rank {failed}: {text}") from error
         odd = next((rank for rank, theirs in enumerate(told) if theirs[1:] != told[0][1:]), None)
@@ -133,6 +134,15 @@ class Control:
         with _names("gathering loads"):
             dist.all_gather(table, counts.contiguous(), group=self.ranks.group)
         return torch.stack(table)
+
+
+def _words_of(error: Exception) -> str:
+    """What an error says on one line; it must not raise, as the other ranks wait."""
+    try:
+        words = str(error) or repr(error)
+    except Exception:
+        words = type(error).__name__
+    return " ".join(words.split())
 
 
 class _names:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from lplb.arguments import seen
 from lplb.dynamic.collector import LoadCollector
 from lplb.dynamic.commit import agreement
 from lplb.dynamic.control import Control, SkippedError, Stage
-from lplb.dynamic.dispatcher import Dispatcher
-from lplb.dynamic.planning import LayerPlan, Problem, Settings, plans_digest
+from lplb.dynamic.dispatcher import Dispatcher, check_sizes
+from lplb.dynamic.planning import LayerPlan, Problem, Settings
 from lplb.dynamic.sources import Source
-from lplb.dynamic.staging import Staging, arrivals
+from lplb.dynamic.staging import Arrivals, Staging, arrivals
 from lplb.dynamic.stats import Progress, Tally
+from lplb.exchange import LostRankError
 from lplb.placement import Placement
+from lplb.weights import Moved
 
-__all__ = ["Cycle", "Layer", "Pace", "Wishes"]
+__all__ = ["Cycle", "Layer", "Pace", "Request", "Wishes"]
 
 _ATTEMPTS = 8  # to agree on a step, each time twice as far ahead
 _MOST_AHEAD = 4096
@@ -56,15 +58,27 @@ class Pace:
     """Seconds between two looks at what other ranks are at."""
 
 
+class Request(NamedTuple):
+    """Placements that are asked for, and what becomes the history with them."""
+
+    placements: tuple[Placement, ...]
+    """One per layer."""
+    history: torch.Tensor | None
+    """int64 ``[layers, rows, n_logical]``, or ``None`` to keep what there is."""
+    print: tuple[int, int]
+    """The same on ranks that ask for the same; never two zeros."""
+
+
 class Wishes:
     """What the user of this rank wants. Written by any thread, read by the background thread."""
 
     def __init__(self) -> None:
         """Nothing."""
         self.changed = threading.Condition()
-        self.closing = self.held = self.now = False
-        self.target: tuple[Placement, ...] | None = None
-        """Placements that are asked for, one per layer."""
+        self.closing = self.held = False
+        self.now = 0
+        """How many cycles are asked for at once."""
+        self.request: Request | None = None
 
     def wait(self, seconds: float) -> None:
         """Wait, not so long if something changes."""
@@ -102,26 +116,31 @@ class Cycle:
         """See the class."""
         self._layers, self._control, self._make_plan, self._source = layers, control, make_plan, source
         self._settings, self._phases, self._pace, self._wishes, self._tally = settings, phases, pace, wishes, tally
-        self.history = torch.zeros(len(layers), 0, layers[0].collector.n_logical, dtype=torch.int64)
-        self.clock = 0
+        n = layers[0].collector.n_logical
+        self.history = torch.zeros(len(layers), pace.window, n, dtype=torch.int64, device="cpu")
+        """Rows of all ranks together, the newest last; rows of zeros where there are none, int64 ``[layers, window,
+        n_logical]``."""
+        self.clocks = [0] * len(layers)
+        """How many rows of each layer have been asked for."""
+        self._before: list[Placement] = []  # what the cycle starts from
         self._ahead = pace.ahead
-        self._stagings: dict[object, list[Staging]] = {}
+        self._stagings: list[Staging] = []
         self._batch_stagings: dict[int, Staging] = {}  # of the layers that are under way
 
-    def own_clock(self) -> int:
-        """Rows that this rank has of every layer."""
-        return min(layer.collector.clock for layer in self._layers)
+    def own_clocks(self) -> list[int]:
+        """Rows that this rank has of each layer."""
+        return [layer.collector.clock for layer in self._layers]
 
     def swaps_pending(self) -> bool:
         """Whether a swap is to come on this rank that was agreed on before this began."""
-        return any(layer.dispatcher.point.pending for layer in self._layers)
+        return any(layer.dispatcher.point.pending or layer.dispatcher.staged for layer in self._layers)
 
-    def run(self, clock: int, target: tuple[Placement, ...] | None) -> None:
+    def run(self, clocks: Sequence[int], request: Request | None) -> None:
         """Take one cycle.
 
         Args:
-            clock: rows that every rank has of every layer; the same on every rank.
-            target: placements that are asked for, the same on every rank; ``None`` to plan.
+            clocks: rows of each layer that every rank has; the same on every rank.
+            request: what is asked for, the same on every rank; ``None`` to plan.
 
         Raises:
             SkippedError: on every rank; it went no further.
@@ -129,9 +148,12 @@ class Cycle:
         """
         epoch = self._tally.begin()
         self._tally.at(Progress("collect"))
-        sources = self._collect(clock)
-        plans = self._plan(epoch, sources, target)
-        todo = [i for i, p in enumerate(plans) if p.worth and p.placement != self._layers[i].dispatcher.placement]
+        self._before = [layer.dispatcher.placement for layer in self._layers]
+        if request is not None and request.history is not None:
+            self.history = _last_rows(request.history, self._pace.window)
+        sources = self._collect(clocks)
+        plans = self._plan(epoch, sources, request)
+        todo = [i for i, p in enumerate(plans) if p.worth and p.placement != self._before[i]]
         if not todo:
             raise SkippedError("no gain", "no layer's change is worth its moves: " + _reasons(self._layers, plans))
         size = self._pace.layers_at_once
@@ -140,20 +162,22 @@ class Cycle:
             at = Progress("transfer", "", first, len(todo))
             self._transfer(batch, at)
             self._commit(batch, epoch, at)
-            self._wait(batch, at)
 
     # ---- collect
 
-    def _collect(self, clock: int) -> torch.Tensor | None:
+    def _collect(self, clocks: Sequence[int]) -> torch.Tensor | None:
         """Append what is new to the history; return who sent it, ``[layers, ranks, n_logical]``, where that counts."""
-        n = min(clock - self.clock, self._pace.window)
-        self.clock = clock  # whatever becomes of it: it is not asked for again
+        window = self._pace.window
+        new = [min(max(clock - last, 0), window) for clock, last in zip(clocks, self.clocks, strict=True)]
+        most = max(new)
+        self.clocks = list(clocks)  # whatever becomes of it: it is not asked for again
 
         def read() -> torch.Tensor:
-            if n == 0:
-                return self.history[:, :0]
-            rows = [layer.collector.rows_until(clock, n, self._phases).sum(dim=1) for layer in self._layers]
-            return torch.stack(rows)
+            rows = torch.zeros(len(new), most, self.history.shape[-1], dtype=torch.int64, device="cpu")
+            for own, layer, clock, n in zip(rows, self._layers, clocks, new, strict=True):
+                if n:
+                    own[most - n :] = layer.collector.rows_until(clock, n, self._phases).sum(dim=1)
+            return rows
 
         everyone_sees = self._settings.mode == "AG"
         rows = self._control.together(
@@ -164,28 +188,33 @@ class Cycle:
             if self._settings.n_nodes > 1:
                 sources = self._control.by_rank(rows.sum(dim=1)).transpose(0, 1)
             rows = self._control.total(rows)
-        self.history = torch.cat((self.history, rows), dim=1)[:, -self._pace.window :]
+        for i, n in enumerate(new):
+            if n:
+                self.history[i] = torch.cat((self.history[i], rows[i, most - n :]))[-window:]
         return sources
 
     # ---- plan
 
-    def _plan(
-        self, epoch: int, sources: torch.Tensor | None, target: tuple[Placement, ...] | None
-    ) -> Sequence[LayerPlan]:
+    def _plan(self, epoch: int, sources: torch.Tensor | None, request: Request | None) -> Sequence[LayerPlan]:
         self._tally.at(Progress("plan"))
-        if target is None and not self.history.any():
+        if request is None and not self.history.any():
             raise SkippedError("no loads", "no tokens have been collected")
 
         def make() -> Sequence[LayerPlan]:
-            if target is not None:
-                return [LayerPlan(t, True, "asked for", float("nan"), float("nan"), 0) for t in target]
-            placements = tuple(layer.dispatcher.placement for layer in self._layers)
-            history = np.ascontiguousarray(self.history.numpy())
+            if request is not None:
+                return [LayerPlan(p, True, "asked for", math.nan, math.nan, 0) for p in request.placements]
+            filled = int(
+                self.history.any(dim=2).any(dim=0).to(torch.uint8).argmax()
+            )  # the first row that any layer has
+            history = np.ascontiguousarray(self.history[:, filled:].numpy())
             sent = None if sources is None else np.ascontiguousarray(sources.numpy())
-            return self._make_plan(Problem(placements, history, sent, self._settings), epoch)
+            problem = Problem(tuple(self._before), history, sent, self._settings)
+            return _checked_plans(self._make_plan(problem, epoch), self._before)
 
         with self._tally.timed("plan_seconds"):
-            plans = self._control.together(Stage.PLAN, "plan", make, plans_digest)
+            plans = self._control.together(
+                Stage.PLAN, "plan", make, lambda found: [(p.worth, p.placement.phy2log.tolist()) for p in found]
+            )
         for i, plan in enumerate(plans):
             self._tally.balanced(i, plan.imbalance_before)
         return plans
@@ -193,68 +222,93 @@ class Cycle:
     # ---- transfer
 
     def _transfer(self, batch: dict[int, LayerPlan], at: Progress) -> None:
-        stagings = self._control.together(Stage.TRANSFER, "memory", lambda: self._memory(batch))
+        come = {i: arrivals(self._before[i], plan.placement, self._rank(i)) for i, plan in batch.items()}
+        self._batch_stagings = self._control.together(Stage.TRANSFER, "memory", lambda: self._memory(come))
         self._tally.add(staging_bytes=self.staging_bytes - self._tally.read().staging_bytes)
-        self._batch_stagings = stagings
         with self._tally.timed("transfer_seconds"):
-            for i, staging in stagings.items():
-                at = at._replace(layer=self._layers[i].name, rounds_done=0)
-                bring = partial(self._bring, i, batch[i], staging, at)
-                self._control.together(Stage.TRANSFER, "transfer", bring)
+            for i in batch:
+                self._bring(i, come[i], at._replace(layer=self._layers[i].name, rounds_done=0))
+                held, wanted = (_experts_of(p, self._rank(i)) for p in (self._before[i], batch[i].placement))
+                self._tally.add(bytes_lower_bound=len(wanted - held) * self._layers[i].dispatcher.expert_bytes)
+
+    def _rank(self, layer: int) -> int:
+        return self._layers[layer].dispatcher.rank
 
     @property
     def staging_bytes(self) -> int:
-        """Of all buffers."""
-        return sum(staging.nbytes for pool in self._stagings.values() for staging in pool)
+        """Of all buffers, those of the source included."""
+        own: int = getattr(self._source, "buffer_bytes", 0)
+        return own + sum(staging.nbytes for staging in self._stagings)
 
-    def _memory(self, batch: dict[int, LayerPlan]) -> dict[int, Staging]:
-        """A buffer for each layer, made when it is first needed and kept."""
+    def _memory(self, come: dict[int, Arrivals]) -> dict[int, Staging]:
+        """A buffer for each layer, made when it is first needed and kept; one that is too small makes room."""
         found: dict[int, Staging] = {}
-        used: dict[object, int] = {}
         budget = self._settings.budget()
-        for i, plan in batch.items():
-            dispatcher = self._layers[i].dispatcher
-            fields = dispatcher.fields
-            like = (fields.layout, fields.device, fields.n_slots)
-            pool = self._stagings.setdefault(like, [])
-            number = used.setdefault(like, 0)
-            needed = len(arrivals(dispatcher.placement, plan.placement, dispatcher.rank).slots)
-            if number < len(pool) and pool[number].capacity < needed:  # asked for, beyond the budget
-                del pool[number]
-            if number == len(pool):
+        for i, arriving in come.items():
+            fields, needed = self._layers[i].dispatcher.fields, len(arriving.slots)
+            free = [
+                s
+                for s in self._stagings
+                if s.released() and (s.layout, s.device) == (fields.layout, fields.device) and s not in found.values()
+            ]
+            fit = next((s for s in free if s.capacity >= needed), None)
+            if fit is None:
+                if free:
+                    self._stagings.remove(free[0])
+                    del free
                 usual = fields.n_slots if budget is None else min(fields.n_slots, budget)
-                pool.append(Staging(fields, max(usual, needed, 1)))
-            found[i] = pool[number]
-            used[like] += 1
+                fit = Staging(fields, max(usual, needed, 1))
+                self._stagings.append(fit)
+            found[i] = fit
         return found
 
-    def _bring(self, layer: int, plan: LayerPlan, staging: Staging, at: Progress) -> None:
-        """Let one layer's experts come into a buffer."""
-        dispatcher = self._layers[layer].dispatcher
-        come = arrivals(dispatcher.placement, plan.placement, dispatcher.rank)
-        held, wanted = (_experts_of(p, dispatcher.rank) for p in (dispatcher.placement, plan.placement))
-        self._tally.add(bytes_lower_bound=len(wanted - held) * dispatcher.fields.layout.nbytes)
+    def _bring(self, layer: int, come: Arrivals, at: Progress) -> None:
+        """Let one layer's experts come into its buffer. Ranks meet before every step, whatever the source is."""
+        fault: Exception | None = None
+        steps: Iterator[Moved] | None = None
+        done = False
         begin, moved_bytes = time.monotonic(), 0
-        self._pause(at)
-        for done, moved in enumerate(self._source.bring(layer, come.moves, staging)):
-            self._tally.add(bytes_moved=moved.bytes_received)
-            moved_bytes += max(moved.bytes_sent, moved.bytes_received)
-            at = at._replace(rounds_done=done + 1)
-            if self._pace.bytes_per_second is not None:
-                time.sleep(max(0.0, begin + moved_bytes / self._pace.bytes_per_second - time.monotonic()))
-            self._pause(at)
-
-    def _pause(self, at: Progress) -> None:
-        """Wait while transfers are held back: on any rank, where all take every round together."""
-        self._tally.at(at)
         while True:
-            wish = [int(self._wishes.held), int(self._wishes.closing)]
-            told = self._control.gather(Stage.TRANSFER, wish) if self._source.collective else [wish]
-            if any(closing for _, closing in told):
+            self._tally.at(at)
+            wish = [int(self._wishes.closing), int(fault is not None), int(self._wishes.held), int(done)]
+            told = self._control.gather(Stage.TRANSFER, wish)
+            closing, failed, held = (any(row[i] for row in told) for i in range(3))
+            if closing or failed or all(row[3] for row in told):
+                break
+            if done or (held if self._source.collective else self._wishes.held):
+                self._wishes.wait(self._pace.poll)
+                continue
+            try:
+                if steps is None:
+                    steps = iter(self._source.bring(layer, come.moves, self._batch_stagings[layer]))
+                moved = next(steps, None)
+                if moved is None:
+                    done = True
+                    continue
+                self._tally.add(bytes_moved=moved.bytes_received)
+                moved_bytes += max(moved.bytes_sent, moved.bytes_received)
+                at = at._replace(rounds_done=at.rounds_done + 1)
+            except LostRankError:
+                raise
+            except Exception as problem:
+                fault = problem
+                continue
+            if self._pace.bytes_per_second is not None:
+                self._rest_until(begin + moved_bytes / self._pace.bytes_per_second)
+
+        def end() -> None:
+            if fault is not None:
+                raise fault
+            if closing:
                 raise SkippedError("closed", "rebalancing has been closed")
-            if not any(held for held, _ in told):
-                return
-            self._wishes.wait(self._pace.poll)
+
+        if isinstance(steps, Generator):
+            steps.close()
+        self._control.together(Stage.TRANSFER, "transfer", end)
+
+    def _rest_until(self, moment: float) -> None:
+        while not self._wishes.closing and (left := moment - time.monotonic()) > 0:
+            self._wishes.wait(left)
 
     # ---- commit
 
@@ -263,23 +317,32 @@ class Cycle:
 
         def stage() -> None:
             for i, plan in batch.items():
-                self._layers[i].dispatcher.stage(plan.placement, self._batch_stagings[i], epoch)
+                self._layers[i].dispatcher.stage(plan.placement, self._batch_stagings[i], epoch, self._before[i])
 
-        with self._unstaged(batch):
-            plans = list(batch.values())
-            self._control.together(Stage.COMMIT, "commit", stage, lambda _: (epoch, plans_digest(plans)))
-            left = list(batch)
-            for _ in range(_ATTEMPTS):
-                ahead = max(row[0] for row in self._control.gather(Stage.COMMIT, [self._ahead]))
-                agreed = self._agree(left, ahead)
-                for i in (i for i, yes in zip(left, agreed, strict=True) if yes):
-                    self._tally.swapped(epoch, 1)
-                    self._tally.balanced(i, batch[i].imbalance_after)
-                left = [i for i, yes in zip(left, agreed, strict=True) if not yes]
-                if not left:
-                    return
-                self._ahead = min(2 * ahead, _MOST_AHEAD)
+        try:
+            self._control.together(Stage.COMMIT, "commit", stage, lambda _: epoch)
+        except SkippedError:
+            self._unstage(batch)
+            raise
+        left = list(batch)
+        for _ in range(_ATTEMPTS):
+            ahead = max(row[0] for row in self._control.gather(Stage.COMMIT, [self._ahead]))
+            agreed = self._agree(left, ahead)
+            for i in (i for i, yes in zip(left, agreed, strict=True) if yes):
+                self._tally.swapped(epoch, 1)
+                self._tally.balanced(i, batch[i].imbalance_after)
+            left = [i for i, yes in zip(left, agreed, strict=True) if not yes]
+            if not left:
+                break
+            self._ahead = min(2 * ahead, _MOST_AHEAD)
+        self._unstage(left)
+        self._wait([i for i in batch if i not in left], at)
+        if left:
             raise SkippedError("commit", f"no step could be agreed on, the last {ahead} steps ahead")
+
+    def _unstage(self, layers: Iterable[int]) -> None:
+        for i in layers:
+            self._layers[i].dispatcher.unstage()
 
     def _agree(self, layers: Sequence[int], ahead: int) -> list[bool]:
         steps = agreement([self._layers[i].dispatcher.point for i in layers], ahead)
@@ -291,24 +354,14 @@ class Cycle:
                 agreed: list[bool] = end.value
                 return agreed
 
-    @contextmanager
-    def _unstaged(self, layers: Sequence[int] | dict[int, LayerPlan]) -> Iterator[None]:
-        """Forget what is staged and not agreed on, if a cycle goes no further."""
-        try:
-            yield
-        except SkippedError:
-            for i in layers:
-                if not self._layers[i].dispatcher.point.pending:
-                    self._layers[i].dispatcher.unstage()
-            raise
-
-    def _wait(self, batch: dict[int, LayerPlan], at: Progress) -> None:
+    def _wait(self, layers: Sequence[int], at: Progress) -> None:
         """Until every rank has swapped, and its buffers can be written again; swaps that are agreed on need no help."""
         self._tally.at(at._replace(stage="wait"))
         stalls = self._stalls()
         while True:
-            busy = sum(
-                self._layers[i].dispatcher.point.pending or not self._batch_stagings[i].released() for i in batch
+            points = (self._layers[i].dispatcher.point for i in layers)
+            busy = any(
+                point.pending or not self._batch_stagings[i].released() for point, i in zip(points, layers, strict=True)
             )
             told = self._control.gather(Stage.WAIT, [int(busy), int(self._wishes.closing)])
             if any(closing for _, closing in told):
@@ -321,6 +374,26 @@ class Cycle:
 
     def _stalls(self) -> int:
         return sum(layer.dispatcher.point.stalls for layer in self._layers)
+
+
+def _checked_plans(plans: Sequence[LayerPlan], before: Sequence[Placement]) -> Sequence[LayerPlan]:
+    """Refuse what a service may have made up."""
+    if len(plans) != len(before):
+        raise ValueError(f"{len(plans)} plans have come, allowed is one for each layer, {len(before)}")
+    for plan, now in zip(plans, before, strict=True):
+        if not isinstance(plan, LayerPlan):
+            raise TypeError(f"a plan is {seen(plan)}, allowed is an lplb.dynamic.planning.LayerPlan")
+        check_sizes("a plan", plan.placement, now)
+    return plans
+
+
+def _last_rows(history: torch.Tensor, n: int) -> torch.Tensor:
+    """The last n rows of each layer, behind rows of zeros where there are fewer; a copy."""
+    layers, rows, n_logical = history.shape
+    kept = min(rows, n)
+    out = torch.zeros(layers, n, n_logical, dtype=torch.int64, device="cpu")
+    out[:, n - kept :] = history[:, rows - kept :]
+    return out
 
 
 def _experts_of(placement: Placement, rank: int) -> set[int]:

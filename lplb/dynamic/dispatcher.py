@@ -102,6 +102,8 @@ class Dispatcher:
     """Slots of this rank."""
     local_expert_list: list[int]
     """The expert in each slot of this rank."""
+    owner: object
+    """The `lplb.dynamic.Rebalancer` that moves its experts, or ``None``."""
 
     def __init__(
         self,
@@ -131,6 +133,7 @@ class Dispatcher:
         self.planner = planner
         self.placement, self.epoch, self.update_flag = placement, 0, False
         self.point = SwapPoint()
+        self.owner = None
         self.local_expert_num = placement.slots_per_rank
         self.local_expert_list = self._experts_of(placement)
         self._inference = any(tensor.is_inference() for field in self.fields.fields for tensor in holders(field))
@@ -347,7 +350,17 @@ class Dispatcher:
 
     # ---- the background thread
 
-    def stage(self, placement: Placement, staging: Staging, epoch: int) -> None:
+    @property
+    def staged(self) -> bool:
+        """Whether something is to become live with the next swap."""
+        return self._staged is not None
+
+    @property
+    def cuda_device(self) -> torch.device | None:
+        """Where weights or maps are, if that is a CUDA device."""
+        return self._cuda
+
+    def stage(self, placement: Placement, staging: Staging, epoch: int, before: Placement | None = None) -> None:
         """Say what becomes live with the next swap: a placement, whose arrivals are in the staging.
 
         Place ``i`` of the staging goes to slot ``arrivals(self.placement, placement, self.rank).slots[i]``.
@@ -356,13 +369,17 @@ class Dispatcher:
             placement: of the sizes of the live one.
             staging: of the fields' layout, filled; it is kept until the swap, or `unstage`.
             epoch: of the cycle.
+            before: the placement that was live when the arrivals were brought; by default the live one.
 
         Raises:
             TypeError, ValueError: an argument is not allowed.
-            RuntimeError: something is staged already; or the planner has not the memory for another placement.
+            RuntimeError: something is staged already; the live placement is not ``before`` any more; or the planner has
+                not the memory for another placement.
         """
         if self._staged is not None:
             raise RuntimeError(f"epoch {self._staged.epoch} is staged, allowed is one at a time; see unstage()")
+        if before is not None and self.placement != before:
+            raise RuntimeError(f"the live placement is {self.placement!r}, allowed is the one before, {before!r}")
         check_sizes("placement", placement, self.placement)
         slots = arrivals(self.placement, placement, self.rank).slots
         if not isinstance(staging, Staging):

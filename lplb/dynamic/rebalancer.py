@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import threading
 import weakref
@@ -19,8 +20,8 @@ from lplb.arguments import real_number, seen, whole_number
 from lplb.dynamic.client import Client
 from lplb.dynamic.collector import LoadCollector
 from lplb.dynamic.control import Control, SkippedError, Stage
-from lplb.dynamic.cycle import Cycle, Layer, MakePlan, Pace, Wishes
-from lplb.dynamic.dispatcher import Dispatcher
+from lplb.dynamic.cycle import Cycle, Layer, MakePlan, Pace, Request, Wishes
+from lplb.dynamic.dispatcher import Dispatcher, check_sizes
 from lplb.dynamic.planning import Problem, Settings, plan
 from lplb.dynamic.sources import Callback, Peers, Source
 from lplb.dynamic.stats import Progress, Stats, Tally
@@ -46,7 +47,8 @@ class Rebalancer:
     What goes wrong on one rank (no memory, no plan, an error of the weights' source) ends that cycle on all ranks: the
     old placement serves on, `stats` counts it, and the log says it once. If a rank is lost, or the side group broken,
     rebalancing ends; forward passes then raise RuntimeError in `check_consistency` until `close`, since nobody knows
-    what the other ranks do. The placement that is live then is complete.
+    what the other ranks do. The placement that is live then is complete. A pass that raises there has not begun;
+    one that fails later is repeated on all ranks or on none, as passes are what ranks count.
 
     The constructor, and `close` in the sense that closing on one rank ends rebalancing on all, are collective. Close
     before ``torch.distributed.destroy_process_group``.
@@ -121,7 +123,7 @@ class Rebalancer:
         """See the class."""
         ranks = checked_ranks("group", group)
 
-        def check() -> tuple[tuple[Layer, ...], Settings, Pace]:
+        def check() -> tuple[tuple[Layer, ...], Settings, Pace, Any]:
             layers = find_layers(module)
             _check_layers(layers, ranks.rank, ranks.size, phases)
             settings = Settings(
@@ -153,15 +155,16 @@ class Rebalancer:
                 ahead=whole_number("ahead", ahead, 4, 4096),
                 poll=_above_0("poll", poll),
             )
-            return layers, settings, pace
+            return layers, settings, pace, _service_of(service, layers, ranks.rank, ranks.size)
 
-        def same(found: tuple[tuple[Layer, ...], Settings, Pace]) -> tuple[int, int]:
-            layers, settings, pace = found
+        def same(found: tuple[tuple[Layer, ...], Settings, Pace, Any]) -> tuple[int, int]:
+            layers, settings, pace, planning = found
             what = [(name, d.placement.phy2log.tolist(), d.fields.layout) for name, d, _ in layers]
-            return exchange.fingerprint("rebalancer", what, settings, pace, self.interval, phases, type(source))
+            kinds = type(source), type(planning)
+            return exchange.fingerprint("rebalancer", what, settings, pace, self.interval, phases, kinds)
 
         has = "other layers, placements or settings than rank 0; allowed are the same on every rank"
-        layers, settings, pace = exchange.together(ranks, check, same, has)
+        layers, settings, pace, self._service = exchange.together(ranks, check, same, has)
         self.layers = layers
         self.settings = settings
         self._pace = pace
@@ -169,21 +172,18 @@ class Rebalancer:
         self._wishes = Wishes()
         self._tally = Tally([layer.name for layer in layers])
         self._groups: list[exchange.Apart] = []
-        self._device = layers[0].dispatcher.fields.device
-        control = Control(self._another(ranks, "gloo"), len(layers) + 8)
-        self._control = control
-        self._service: Any = self._service_of(service, ranks.rank, ranks.size)
+        self._cuda = layers[0].dispatcher.cuda_device
+        try:
+            self._control = Control(self._another(ranks, "gloo"), 2 * len(layers) + 8)
+            brings = self._source_of(source, ranks)
+        except Exception:  # on every rank
+            self._give_back()
+            raise
         self._cycle = Cycle(
-            layers,
-            control,
-            self._planner(),
-            self._source_of(source, ranks),
-            settings,
-            phases,
-            pace,
-            self._wishes,
-            self._tally,
+            layers, self._control, self._planner(), brings, settings, phases, pace, self._wishes, self._tally
         )
+        for layer in layers:
+            layer.dispatcher.owner = self
         self._thread: threading.Thread | None = None
         _open.add(self)
         if start:
@@ -200,20 +200,14 @@ class Rebalancer:
 
     def _source_of(self, source: Any, ranks: exchange.Local | exchange.Distributed) -> Source:
         if source == "peers":
-            carrier: Any = self._control.ranks if self._device.type == "cpu" else self._another(ranks)
+            on_cpu = self.layers[0].dispatcher.fields.device.type == "cpu"
+            carrier: Any = self._control.ranks if on_cpu else self._another(ranks)
             group = carrier.group if isinstance(carrier, exchange.Distributed) else None
             return Peers([layer.dispatcher for layer in self.layers], group)
         if hasattr(source, "bring"):
             found: Source = source
             return found
         return Callback(source, ranks.rank)
-
-    def _service_of(self, service: Any, rank: int, size: int) -> Any:
-        """A client, or what is given in its place."""
-        if service is None or hasattr(service, "plan"):
-            return service
-        address, key = (service, None) if isinstance(service, str) else service
-        return Client(address, rank=rank, size=size, model=self.model, auth_key=key)
 
     def _planner(self) -> MakePlan:
         if self._service is None:
@@ -223,9 +217,7 @@ class Rebalancer:
     @property
     def model(self) -> str:
         """What tells this model's layers from another's: the same on all ranks and in every run."""
-        what = [(name, d.n_logical, d.placement.n_physical, d.fields.layout.nbytes) for name, d, _ in self.layers]
-        first, second = exchange.fingerprint(what)
-        return f"{len(self.layers)} layers of {self.layers[0].dispatcher.n_logical} experts, {first:08x}{second:08x}"
+        return _model_of(self.layers)
 
     # ---- what a user does
 
@@ -248,7 +240,9 @@ class Rebalancer:
 
     def trigger(self) -> None:
         """Take a cycle as soon as every rank has asked for one, whatever the interval."""
-        self._wish(now=True)
+        with self._wishes.changed:
+            self._wishes.now += 1
+            self._wishes.changed.notify_all()
 
     def move_to(self, placements: Sequence[Placement]) -> None:
         """Move to given placements in the next cycle, once every rank has asked for the same.
@@ -259,32 +253,46 @@ class Rebalancer:
         Raises:
             TypeError, ValueError: they are not; on this rank only.
         """
+        self._ask(placements, None)
+
+    def _ask(self, placements: Sequence[Placement], history: torch.Tensor | None) -> None:
         if not isinstance(placements, Sequence) or len(placements) != len(self.layers):
             raise ValueError(f"placements is {seen(placements)}, allowed are {len(self.layers)}, one per layer")
         for i, (placement, layer) in enumerate(zip(placements, self.layers, strict=True)):
-            now = layer.dispatcher.placement
             if not isinstance(placement, Placement):
                 raise TypeError(f"placements[{i}] is {seen(placement)}, allowed is an lplb.Placement")
-            if _sizes(placement) != _sizes(now):
-                raise ValueError(f"placements[{i}] is {placement!r}, allowed are the sizes of {now!r}")
+            check_sizes(f"placements[{i}]", placement, layer.dispatcher.placement)
             placement.check_groups(self.settings.group_size or placement.n_ranks)
-        self._wish(target=tuple(placements))
+        rows = None if history is None else history.numpy().tobytes()
+        what = exchange.fingerprint([placement.phy2log.tolist() for placement in placements], rows)
+        self._wish(request=Request(tuple(placements), history, (what[0] | 1, what[1])))
 
     def close(self, timeout: float = 30.0) -> None:
         """End rebalancing, on all ranks. Swaps that all have agreed on are still made. May be called twice.
 
+        Where a rank was lost after this one had promised a swap, forward passes go on raising: the others may have made
+        it. Make dispatchers anew then.
+
         Args:
-            timeout: seconds to wait for the background thread, whose last call needs the other ranks.
+            timeout: seconds to wait for the background thread, whose last call needs the other ranks. If it has not
+                ended by then, the log says so, and the dispatchers stay taken.
         """
         self._wish(closing=True)
         if hasattr(self._service, "close"):
             self._service.close()  # what is asked of it ends at once
-        if self._thread is not None:
-            self._thread.join(timeout)
+        self.start()  # if it never was: the other ranks are to hear of it
+        assert self._thread is not None
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            _log.warning("the background thread has not ended in %g s: another rank is late, or lost", timeout)
+            return
         for layer in self.layers:
-            layer.dispatcher.point.clear()
-            if not layer.dispatcher.point.pending and not self._runs():
-                layer.dispatcher.unstage()
+            dispatcher = layer.dispatcher
+            if dispatcher.owner is not self:
+                continue
+            dispatcher.owner = None
+            if dispatcher.point.clear() and not dispatcher.point.pending:
+                dispatcher.unstage()
         _open.discard(self)
 
     def __enter__(self) -> Rebalancer:
@@ -338,16 +346,14 @@ class Rebalancer:
         if state["layers"] != names:
             raise ValueError(f"state has layers {state['layers']}, allowed are {names}")
         history, n_logical = state["history"], self.layers[0].dispatcher.n_logical
-        if history.dtype != torch.int64 or (history.shape[0], history.shape[-1]) != (len(names), n_logical):
+        if not isinstance(history, torch.Tensor) or history.dtype != torch.int64 or history.dim() != 3:
+            raise ValueError(f"history is {seen(history)}, allowed is an int64 tensor [layers, rows, n_logical]")
+        if (history.shape[0], history.shape[2]) != (len(names), n_logical) or bool((history < 0).any()):
             raise ValueError(
-                f"history has shape {list(history.shape)}, {history.dtype}, allowed is int64 "
-                f"[{len(names)}, rows, {n_logical}]"
+                f"history has shape {list(history.shape)}, allowed is [{len(names)}, rows, {n_logical}], with counts "
+                "of 0 or more"
             )
-        self.move_to([Placement(row, state["n_ranks"], n_logical) for row in state["phy2log"]])
-        self._cycle.history = history.clone()
-
-    def _runs(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        self._ask([Placement(row, state["n_ranks"], n_logical) for row in state["phy2log"]], history.cpu().clone())
 
     def _wish(self, **wishes: Any) -> None:
         with self._wishes.changed:
@@ -360,48 +366,54 @@ class Rebalancer:
     def _serve(self) -> None:
         end = "closed"
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
+            if self._cuda is not None:
+                torch.cuda.set_device(self._cuda)
             while self._tick():
                 pass
-            for apart in self._groups:
-                apart.give_back()
+            self._give_back()
         except BaseException as error:
             end = "failed"
             self._lost(error)
         self._tally.at(Progress(end))
 
+    def _give_back(self) -> None:
+        for apart in self._groups:
+            apart.give_back()
+        self._groups.clear()
+
     def _tick(self) -> bool:
         """Look at what all ranks are at; take a cycle if it is time. False to end."""
-        wishes = self._wishes
-        target = wishes.target
-        asked = (0, 0) if target is None else exchange.fingerprint([p.phy2log.tolist() for p in target])
-        own = [int(wishes.closing), int(wishes.now), self._cycle.own_clock(), self._cycle.swaps_pending(), *asked]
-        told = self._control.gather(Stage.IDLE, own)
-        if any(row[0] for row in told):
+        wishes, cycle = self._wishes, self._cycle
+        request, n = wishes.request, len(self.layers)
+        asked = (0, 0) if request is None else request.print
+        told = self._control.gather(
+            Stage.IDLE, [*cycle.own_clocks(), *asked, wishes.now, int(wishes.closing), int(cycle.swaps_pending())]
+        )
+        if any(row[-2] for row in told):
             return False
-        clock = min(row[2] for row in told)
-        all_ask = target is not None and all(row[4:] == told[0][4:] for row in told)
-        due = all(row[1] for row in told) or clock - self._cycle.clock >= self.interval
-        if not (all_ask or due) or any(row[3] for row in told):
+        clocks = [min(column) for column in zip(*(row[:n] for row in told), strict=True)]
+        cycle.clocks = [min(pair) for pair in zip(cycle.clocks, clocks, strict=True)]  # a collector was reset
+        all_ask = request is not None and all(row[n : n + 2] == told[0][n : n + 2] for row in told)
+        now = min(row[-3] for row in told)
+        due = max(new - last for new, last in zip(clocks, cycle.clocks, strict=True)) >= self.interval
+        if not (all_ask or now or due) or any(row[-1] for row in told):
             wishes.wait(self._rest)
             self._rest = min(2 * self._rest, _MOST_REST * self._pace.poll)
             return True
         self._rest = self._pace.poll
         with wishes.changed:
-            if all(row[1] for row in told):
-                wishes.now = False
-            if all_ask and wishes.target is target:
-                wishes.target = None
-        self._take_cycle(clock, target if all_ask else None)
+            wishes.now -= now
+            if all_ask and wishes.request is request:
+                wishes.request = None
+        self._take_cycle(clocks, request if all_ask else None)
         return True
 
-    def _take_cycle(self, clock: int, target: tuple[Placement, ...] | None) -> None:
+    def _take_cycle(self, clocks: Sequence[int], request: Request | None) -> None:
         alarm = threading.Timer(self._watchdog, self._warn)
         alarm.daemon = True
         alarm.start()
         try:
-            self._cycle.run(clock, target)
+            self._cycle.run(clocks, request)
         except SkippedError as skipped:
             if self._tally.skip(skipped.kind, str(skipped)):
                 quiet = skipped.kind in ("no gain", "no loads", "closed")
@@ -419,13 +431,13 @@ class Rebalancer:
         _log.warning("a cycle of rebalancing takes more than %g s and goes on: %s", self._watchdog, self.progress)
 
     def _lost(self, error: BaseException) -> None:
-        """Nobody knows what the other ranks do: forward passes are told."""
-        if self._wishes.closing:
-            return
-        _log.error("rebalancing has ended, the placement stays: %s", error)
+        """Nobody knows what the other ranks do: forward passes are told, before anything else can go wrong."""
         reason = error if isinstance(error, Exception) else RuntimeError(repr(error))
         for layer in self.layers:
             layer.dispatcher.point.fail(reason)
+        if not self._wishes.closing:
+            with contextlib.suppress(Exception):
+                _log.error("rebalancing has ended, the placement stays: %s", error)
 
 
 _open: weakref.WeakSet[Rebalancer] = weakref.WeakSet()
@@ -468,6 +480,22 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
     return tuple(found)
 
 
+def _service_of(service: Any, layers: Sequence[Layer], rank: int, size: int) -> Any:
+    """A client, or what is given in its place."""
+    if service is None or hasattr(service, "plan"):
+        return service
+    if not isinstance(service, str) and not (isinstance(service, Sequence) and len(service) == 2):
+        raise TypeError(f"service is {seen(service)}, allowed are an address, address and key, a Client and None")
+    address, key = (service, None) if isinstance(service, str) else service
+    return Client(address, rank=rank, size=size, model=_model_of(layers), auth_key=key)
+
+
+def _model_of(layers: Sequence[Layer]) -> str:
+    what = [(name, d.n_logical, d.placement.n_physical, d.fields.layout.nbytes) for name, d, _ in layers]
+    first, second = exchange.fingerprint(what)
+    return f"{len(layers)} layers of {layers[0].dispatcher.n_logical} experts, {first:08x}{second:08x}"
+
+
 def _check_layers(layers: Sequence[Layer], rank: int, size: int, phases: Sequence[str] | None) -> None:
     first = layers[0].dispatcher.placement
     for name, dispatcher, collector in layers:
@@ -476,6 +504,8 @@ def _check_layers(layers: Sequence[Layer], rank: int, size: int, phases: Sequenc
             raise ValueError(
                 f"{name} has a placement on {placement.n_ranks} ranks, allowed is the group's size, {size}"
             )
+        if dispatcher.owner is not None:
+            raise ValueError(f"the dispatcher of {name} has a Rebalancer, allowed is one at a time: close that first")
         if dispatcher.rank != rank:
             raise ValueError(f"{name} has a dispatcher of rank {dispatcher.rank}, allowed is this rank, {rank}")
         if _sizes(placement) != _sizes(first):

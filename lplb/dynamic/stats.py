@@ -39,7 +39,7 @@ class Stats:
     balancedness: tuple[float, ...]
     """Mean over largest rank load under the LP, on the loads last planned from; NaN where that is not known yet."""
     epoch: int
-    """Number of the last cycle that ended in a swap; 0 before the first."""
+    """Number of the last cycle that ended in a swap that all ranks agreed on; 0 before the first."""
     cycles: int = 0
     """Cycles that have begun."""
     swaps: int = 0
@@ -57,13 +57,14 @@ class Stats:
     last_reason: str = ""
     """Why the last cycle that ended early did."""
     placement_age: float = 0.0
-    """Seconds since the last swap, or the start."""
+    """Seconds since all ranks agreed on the last swap, or the start."""
     stalls: int = 0
     """Forward passes that waited for the outcome of an agreement."""
     stall_seconds: float = 0.0
     """How long, together."""
     staging_bytes: int = 0
-    """Memory that buffers for incoming experts take on this rank; kept from one transfer to the next."""
+    """Memory of buffers for incoming experts on this rank, those that the source has included. In mode EX the budget
+    bounds it, for each of the ``layers_at_once``; kept from one transfer to the next."""
     stage: str = "idle"
     """As `Progress.stage`."""
     held: bool = False
