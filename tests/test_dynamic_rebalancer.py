@@ -462,7 +462,7 @@ def test_bad_input_is_refused_on_every_rank(tmp_path):
         "ahead": "ahead is 1",
         "rank": "dispatcher of rank 2",
         "many": "one per layer",
-        "sizes": "allowed are the sizes",
+        "sizes": "n_physical 16, allowed is 12",
         "type": "allowed is an lplb.Placement",
     }
     for said in results:
