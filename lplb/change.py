@@ -32,7 +32,7 @@ _Array = torch.Tensor | npt.NDArray[Any] | Sequence[Any]
 
 _PREFIXES = 8  # of a path, that are looked at where the whole is doubtful
 _LITTLE = 0.5  # of a re-solve's gain: what few moves have to reach, or all of them are made
-_SPARE = 0.75  # of what may be left over: down to there the search goes on
+_SPARE = 0.5  # of what may be left over: down to there the search goes on
 _NEARLY = 0.99  # of what the search found: its last steps bring little
 
 
