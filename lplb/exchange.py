@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from lplb.overlap import Worker
 
-__all__ = ["Distributed", "Exchange", "Known", "Local", "exchange_for"]
+__all__ = ["Distributed", "Exchange", "Known", "Local", "LostRankError", "exchange_for"]
 
 WORDS = 4
 """Columns behind the counts of a row: error word, which method was called, and a fingerprint in two."""
@@ -31,15 +31,16 @@ RUN, SOLVE_PROBS, RUN_LAGGED = METHODS = 0, 1, 2
 LAYER = 3
 """The exchange of split sizes in `lplb.nn`."""
 
-AGREE, MESSAGE = -1, -2
-"""What is sent besides: settings, and what a rank that refused its input has to say."""
+AGREE, MESSAGE, REBALANCE = -1, -2, -3
+"""What is sent besides: settings, what a rank that refused its input has to say, and what `lplb.dynamic` is up to."""
 
 _NAMES = {
     RUN: "run",
     RUN_LAGGED: "run with lag=1",
     SOLVE_PROBS: "solve_probs",
-    AGREE: "an agreement (constructors, update_redundancy_mapping, init_from_deep_ep, lplb.weights)",
+    AGREE: "an agreement (constructors, update_redundancy_mapping, init_from_deep_ep, lplb.weights, lplb.dynamic)",
     MESSAGE: "telling the other ranks what one refused",
+    REBALANCE: "rebalancing",
 }
 
 _LEAST_COLUMNS = 64
@@ -50,6 +51,10 @@ KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _MESSAGE_BYTES = 1024
 
 T = TypeVar("T")
+
+
+class LostRankError(RuntimeError):
+    """An all-gather failed: a rank died, or did not come in time."""
 
 
 class EarlierFault(ValueError):
@@ -94,6 +99,8 @@ class _Line:
         self.planners = 0
         self.worker = Worker()  # for all planners of the group: their overlapped calls come in one order on all ranks
         self.background: Distributed | None = None
+        self.free: dict[str, dict[int, dist.ProcessGroup]] = {}  # by backend and number
+        self.made = 0
         self._width = [_LEAST_COLUMNS]
 
     @property
@@ -177,19 +184,54 @@ def background(ranks: "Exchange") -> "Exchange":
         return ranks
     with _making_groups:
         if ranks.line.background is None:
-            ranks.line.background = _another_group(ranks)
+            ranks.line.background = Distributed(_another_group(ranks, dist.get_backend_config(ranks.group)))
+            ranks.line.background.line.stand_behind(ranks.line)
         return ranks.line.background
 
 
-def _another_group(ranks: Distributed) -> Distributed:
+class Apart:
+    """Another process group of the same ranks in the same order, with the same time-out. Collective to make.
+
+    Torch gives a group that comes after a destroyed one the same name, under which gloo finds the addresses of the
+    destroyed one. So these are never destroyed, but given back.
+
+    Args:
+        ranks: the ranks.
+        backend: of the group, for example ``"gloo"``; by default as theirs.
+    """
+
+    group: dist.ProcessGroup
+    """To be used by one user at a time."""
+
+    def __init__(self, ranks: Distributed, backend: str | None = None) -> None:
+        """See the class."""
+        backend = dist.get_backend_config(ranks.group) if backend is None else backend
+        with _making_groups, ranks.line.turn:
+            self._free = ranks.line.free.setdefault(backend, {})
+            number = min(self._free, default=-1)
+            row = torch.tensor([number, 0, AGREE, *fingerprint("apart", backend)], dtype=torch.int32, device="cpu")
+            table = torch.empty(ranks.size, len(row), dtype=torch.int32, device="cpu")
+            gather(ranks, AGREE, row, table)
+            raise_together(ranks, table[:, 1:].tolist(), None)
+            if number >= 0 and bool((table[:, 0] == number).all()):
+                self._number, self.group = number, self._free.pop(number)
+            else:  # on some rank its last user has not given it back yet
+                self._number = ranks.line.made
+                ranks.line.made += 1
+                self.group = _another_group(ranks, backend)
+
+    def give_back(self) -> None:
+        """Let others use the group: nothing is under way on it on any rank. Local."""
+        self._free[self._number] = self.group
+
+
+def _another_group(ranks: Distributed, backend: str) -> dist.ProcessGroup:
     members = [dist.get_global_rank(ranks.group, rank) for rank in range(ranks.size)]
     options: dict[str, Any] = {"use_local_synchronization": True}  # other ranks of the world may be anywhere
     if members != sorted(members):
         options["sort_ranks"] = False  # older versions of torch always sort
-    backend = dist.get_backend_config(ranks.group)
-    other = Distributed(dist.new_group(members, _timeout(ranks.group), backend=backend, **options))
-    other.line.stand_behind(ranks.line)
-    return other
+    group: dist.ProcessGroup = dist.new_group(members, _timeout(ranks.group), backend=backend, **options)
+    return group
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta | None:
@@ -275,14 +317,14 @@ def gather(exchange: Exchange, method: int, row: torch.Tensor, table: torch.Tens
         table: as for `Exchange.gather`.
 
     Raises:
-        RuntimeError: a rank is lost, or did not come within the group's timeout; the cause is torch.distributed's.
+        LostRankError: a rank is lost, or did not come within the group's timeout; the cause is torch.distributed's.
         Other exceptions: as the exchange raises them.
     """
     try:
         with turn(exchange):
             exchange.gather(row, table)
     except RuntimeError as error:
-        raise RuntimeError(
+        raise LostRankError(
             f"lplb's all-gather in {_NAMES.get(method, method)} failed on rank {exchange.rank} of {exchange.size}, "
             "most likely because another rank died or did not make this call within the group's timeout. Look for "
             "what the other ranks raised first, and check that every rank makes every call, without tokens too "
@@ -369,21 +411,21 @@ def raise_together(
     """
     failed = [rank for rank, row in enumerate(words) if row[0] != 0]
     if failed:
-        message = _message_of(exchange, failed[0], "" if error is None else str(error))
+        message = message_of(exchange, failed[0], "" if error is None else str(error))
         if error is not None:
             raise error
         kind = KINDS[words[failed[0]][0] - 1]
         raise kind(f"rank {failed[0]} refused its input, so no rank goes on: {message}")
     odd = next((rank for rank, row in enumerate(words) if tuple(row[1:]) != tuple(words[0][1:])), None)
     if odd is not None and settings is not None:
-        seen, first = (_message_of(exchange, rank, settings) for rank in (odd, 0))
+        seen, first = (message_of(exchange, rank, settings) for rank in (odd, 0))
         raise ValueError(f"rank {odd} has {seen}, allowed is the same on every rank, and rank 0 has {first}")
     if odd is not None:
         raise ValueError(f"rank {odd} has {has}")
 
 
-def _message_of(exchange: Exchange, rank: int, text: str) -> str:
-    """What one rank has to say, on every rank."""
+def message_of(exchange: Exchange, rank: int, text: str) -> str:
+    """Return what one rank has to say, on every rank; cut after 1024 bytes. Collective."""
     if isinstance(exchange, (Local, Known)):  # nobody else to tell
         return text
     row = torch.frombuffer(bytearray(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.int32)

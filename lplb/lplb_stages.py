@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,25 @@ from lplb.placement import Placement
 from lplb.plan import Plan, Rules, empty_plan, report
 
 _WARP_TOKENS = 256  # chunks of count_workload are multiples of this, as LPLB has them
+
+
+class Compiled(NamedTuple):
+    """A placement made ready for a planner; see `lplb.Planner.compiled_for`."""
+
+    placement: Placement
+    """Where the experts are."""
+    phy2log: torch.Tensor
+    """As `LplbStages.phy2log`."""
+    rules: Rules
+    """What its plans are made by."""
+    speed: list[float]
+    """How fast each rank is."""
+    backend: Backend
+    """What serves its calls."""
+    fingerprint: tuple[int, int]
+    """Of placement and settings."""
+    made_for: tuple[object, ...]
+    """The planner as it was then."""
 
 
 class LplbStages:
@@ -76,6 +96,8 @@ class LplbStages:
     _rules: Rules
     _speed: list[float]
     _fingerprint: tuple[int, int]
+    _handle: int = -1  # what `ops` finds the planner by; none yet
+    _installed: int = 0  # placements so far
 
     @property
     def n_local_routed_experts(self) -> int:
@@ -262,6 +284,10 @@ class LplbStages:
 
     def _compile(self, placement: Placement, speed: list[float]) -> None:
         """Build the backend for a placement; nothing of the planner changes before all of it is ready."""
+        self._install(self._compiled(placement, speed))
+
+    def _compiled(self, placement: Placement, speed: list[float]) -> Compiled:
+        as_it_is = self._as_it_is()
         placement.check_groups(self.group_size)
         rules = Rules(
             phy2log=tuple(placement.phy2log.tolist()),
@@ -282,12 +308,19 @@ class LplbStages:
             else:
                 backend = cpu.Backend(*settings, ranks, fingerprint, self.device)
             phy2log = placement.phy2log.to(self.device, copy=True)
-        self.placement = placement
-        self.phy2log = phy2log
-        self._rules = rules
-        self._speed = speed
-        self._backend = backend
-        self._fingerprint = fingerprint
+        return Compiled(placement, phy2log, rules, speed, backend, fingerprint, as_it_is)
+
+    def _as_it_is(self) -> tuple[object, ...]:
+        return self._handle, self._installed, self._exchange, self._is_apart, self.ranks_per_node
+
+    def _install(self, compiled: Compiled) -> None:
+        self._installed += 1
+        self.placement = compiled.placement
+        self.phy2log = compiled.phy2log
+        self._rules = compiled.rules
+        self._speed = compiled.speed
+        self._backend = compiled.backend
+        self._fingerprint = compiled.fingerprint
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

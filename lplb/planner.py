@@ -21,7 +21,7 @@ from lplb.arguments import (
 )
 from lplb.exchange import Exchange
 from lplb.layout import checked_layout
-from lplb.lplb_stages import LplbStages
+from lplb.lplb_stages import Compiled, LplbStages
 from lplb.placement import Placement
 from lplb.plan import Plan, checked_solver, checked_split
 
@@ -57,8 +57,8 @@ class Planner(LplbStages):
       must still exist. What is captured waits for other streams of the same capture only: synchronise before it, and
       let no replay overlap with another replay or call of the same planner.
     - A captured graph uses the planner's memory. Keep the planner as long as the graph, and capture anew after
-      `update_redundancy_mapping`. Replays follow new indices, raise the counter and renew `last_plan`, but only calls
-      of the planner raise what went wrong in them.
+      `update_redundancy_mapping` and `replace_placement`. Replays follow new indices, raise the counter and renew
+      `last_plan`, but only calls of the planner raise what went wrong in them.
     - `solve`, `solve_probs`, `weighted_select_target` and `update_redundancy_mapping` check the values of their
       arguments, and wait for the device; so does every call with ``verbose``.
 
@@ -340,6 +340,74 @@ class Planner(LplbStages):
             except BaseException:
                 self.__dict__.update(before)
                 raise
+
+    def compiled_for(self, placement: Placement) -> Compiled:
+        """Make another placement ready, for `replace_placement`. Local, for any thread; nothing of the planner changes.
+
+        It takes the time that a constructor takes, and on CUDA works on a stream of its own, which it waits for. What
+        it returns serves once, and until the planner's placement changes otherwise.
+
+        Args:
+            placement: of as many ranks, physical and logical experts as the planner's, and group-closed.
+
+        Raises:
+            TypeError, ValueError: it is none.
+            RuntimeError: the planner was made for a topology, not by `from_placement`; or memory is missing.
+        """
+        self._check_replacing(placement)
+        if self.device.type != "cuda":
+            return self._compiled(placement, self._speed)
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call, unused-ignore]
+            with torch.cuda.stream(stream):
+                compiled = self._compiled(placement, self._speed)
+            stream.synchronize()
+        return compiled
+
+    def replace_placement(self, placement: Placement | Compiled) -> None:
+        """Plan for another placement from the next call on. Local: no communication.
+
+        Every rank calls it between the same two collective calls. If one has not, the next one finds that out by the
+        fingerprint, and all raise ValueError; on CUDA as other errors of ranks, see the class.
+
+        `last_plan` is ``None`` afterwards; with ``lag=1`` the next batch takes the fixed split, and what went wrong
+        in an exchange before is raised by the next call all the same. Earlier plans serve no more. What a CUDA graph
+        has captured of the planner still plans for the old placement, in memory that is gone: capture anew.
+
+        Args:
+            placement: as for `compiled_for`, or what that returned: then there is next to nothing to do here.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `compiled_for`; or a CUDA graph is being captured.
+        """
+        with self._turn():
+            devices.refuse_capture(self.device, "replace_placement")
+            if isinstance(placement, Compiled) and placement.made_for == self._as_it_is():
+                compiled = placement
+            else:  # from the beginning, also where the planner is not as it was then
+                other = placement.placement if isinstance(placement, Compiled) else placement
+                self._check_replacing(other)
+                compiled = self._compiled(other, self._speed)
+            compiled.backend.overlap = self._backend.overlap  # what it has to report is not lost
+            self._install(compiled)
+
+    def _check_replacing(self, placement: Placement) -> None:
+        if self.r2o is not None:
+            raise RuntimeError(
+                "replace_placement is for planners made by from_placement; this one was made for a topology (r2o): use "
+                "update_redundancy_mapping"
+            )
+        if not isinstance(placement, Placement):
+            raise TypeError(f"placement is a {type(placement).__name__}, allowed is an lplb.Placement")
+        for name, allowed in (
+            ("n_ranks", self.ep_size),
+            ("n_physical", self.n_routed_experts),
+            ("n_logical", self.n_logical_routed_experts),
+        ):
+            if getattr(placement, name) != allowed:
+                raise ValueError(
+                    f"placement has {name} {getattr(placement, name)}, allowed is the planner's, {allowed}"
+                )
 
     # ---- the stages
 
