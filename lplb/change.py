@@ -7,6 +7,7 @@ whether they pay.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, SupportsIndex, cast
@@ -235,6 +236,7 @@ def plan_layers(
         currents, [d.search[:0] if d.few and not steady else d.search for d in dealt], dealt, limits, ground
     )
     for i, (current, scenarios, look) in enumerate(zip(currents, dealt, looks, strict=True)):
+        time.sleep(0)  # lets a thread in that waits for the interpreter; it would have to wait for 5 ms otherwise
         judge = Judge(current, scenarios, limits, ground, look.known)
         yield _choose(judge, look.path, targets[i] if targets else None, steady)
 
