@@ -129,6 +129,26 @@ def find_changes(
     the experts. Other Python threads run meanwhile.
     """
 
+def look_for_changes(
+    layers: Sequence[tuple[int, int, int, int, int]],
+    n_physical: int,
+    n_logical: int,
+    n_ranks: int,
+    group_size: int,
+    ranks_per_node: int,
+    cost: int,
+    most_writes: int,
+    most_cost: float,
+    aims: tuple[float, float, float, float],
+) -> list[tuple[bytes, list[int], list[int], list[int], list[tuple[int, bytes]]]]:
+    """Of every layer the imbalances before, `find_changes`' steps if there is something to gain, and some rated.
+
+    A layer: ``phy2log``, loads to search on and their number (none: no search), loads kept back and their number. Aims:
+    the gain that is enough, the least gain, which part of what may be left over is wanted, which part of what the
+    search found is enough. Imbalances are float64 on the loads kept back: of the layer's own placement, and of those
+    after so many steps. Other Python threads run meanwhile, from the first layer to the last.
+    """
+
 class PlacementRating:
     """Placements of one layer, rated one after another on the same int64 ``loads [batches, n_logical]``."""
 

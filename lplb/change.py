@@ -7,7 +7,8 @@ whether they pay.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, SupportsIndex, cast
 
@@ -17,13 +18,23 @@ import torch
 
 from lplb import _C
 from lplb.arguments import checked_group_size, real_number, seen, whole_number
-from lplb.judge import FEWEST_BATCHES, Candidate, Ground, Judge, Limits, deal_out, mean_of
+from lplb.judge import FEWEST_BATCHES, Candidate, Ground, Judge, Limits, Scenarios, deal_out, mean_of
 from lplb.placement import Placement
 from lplb.policies import checked_history, place
 from lplb.relabel import nested_blocks, relabel
 from lplb.weights.moves import Move, moves_between
 
-__all__ = ["Change", "Found", "checked_number", "decide", "levelled", "plan_change", "plan_layer", "survey"]
+__all__ = [
+    "Change",
+    "Found",
+    "checked_number",
+    "decide",
+    "levelled",
+    "plan_change",
+    "plan_layers",
+    "rate_layers",
+    "survey",
+]
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -32,7 +43,7 @@ _Array = torch.Tensor | npt.NDArray[Any] | Sequence[Any]
 
 _PREFIXES = 8  # of a path, that are looked at where the whole is doubtful
 _LITTLE = 0.5  # of a re-solve's gain: what few moves have to reach, or all of them are made
-_SPARE = 0.75  # of what may be left over: down to there the search goes on
+_SPARE = 0.5  # of what may be left over; the search goes on to there, as batches kept back see a little less
 _NEARLY = 0.99  # of what the search found: its last steps bring little
 
 
@@ -163,10 +174,8 @@ def plan_change(
     for placement in (*placements, *(t for t in targets if t is not None)):
         placement.check_groups(size)
     ground = Ground(size, whole_number("n_nodes", n_nodes, 1))
-    changes = [
-        _with_moves(placement, plan_layer(placement, rows, limits, ground, there, bool(steady)).change)
-        for placement, rows, there in zip(placements, layers, targets, strict=True)
-    ]
+    found = plan_layers(placements, layers, limits, ground, targets, steady=bool(steady))
+    changes = [_with_moves(placement, f.change) for placement, f in zip(placements, found, strict=True)]
     return changes if many else changes[0]
 
 
@@ -187,17 +196,13 @@ class Found(NamedTuple):
     """Placements, each by a few moves from the one before, as far as the budgets go."""
 
 
-def survey(
-    current: Placement, rows: _Ints | _Floats, limits: Limits, ground: Ground, steady: bool
-) -> tuple[Judge, Change, float]:
-    """Look at a layer's rows ``[n, n_logical]``, not all 0: their judge, the change that is none, what is to gain.
-
-    The change has a reason where nothing is to be looked for.
-    """
-    scenarios = deal_out(rows)
-    judge = Judge(current, scenarios, limits, ground)
+def survey(judge: Judge, steady: bool) -> tuple[Change, float]:
+    """Return the change that is none, with a reason where nothing is to be looked for, and what is to gain."""
+    scenarios, limits = judge.scenarios, judge.limits
     before, lost = judge.figure(judge.slots), mean_of(judge.before) - 1.0
-    stay = Change(current, (), _weight(limits, 0), before, before, None, *_no_time(limits), worth=False, reason="")
+    seconds = None if limits.horizon is None else 0.0
+    weight = None if limits.expert_bytes is None else 0
+    stay = Change(judge.current, (), weight, before, before, None, seconds, seconds, worth=False, reason="")
     if scenarios.few and not steady:
         n = len(scenarios.shown)
         reason = (
@@ -209,24 +214,41 @@ def survey(
     elif limits.max_moves == 0 or limits.max_bytes == 0:
         reason = "the budget allows no move"
     else:
-        return judge, stay, lost
-    return judge, replace(stay, reason=reason), lost
+        return stay, lost
+    return replace(stay, reason=reason), lost
 
 
-def plan_layer(
-    current: Placement,
-    rows: _Ints | _Floats,
+def plan_layers(
+    currents: Sequence[Placement],
+    layers: Sequence[_Ints | _Floats] | _Floats,
     limits: Limits,
     ground: Ground,
-    target: Placement | None = None,
+    targets: Sequence[Placement | None] | None = None,
+    *,
     steady: bool = False,
-) -> Found:
-    """Plan the change of one layer; rows ``[batches, n_logical]``, not all 0. As `plan_change`, without its checks."""
-    judge, stay, lost = survey(current, rows, limits, ground, steady)
+) -> Iterator[Found]:
+    """Plan the change of every layer; rows ``[batches, n_logical]`` each, not all 0. `plan_change` without its checks.
+
+    The searches of all layers are one call, before the first layer comes out.
+    """
+    dealt = [deal_out(rows) for rows in layers]
+    looks = _look_at(
+        currents, [d.search[:0] if d.few and not steady else d.search for d in dealt], dealt, limits, ground
+    )
+    for i, (current, scenarios, look) in enumerate(zip(currents, dealt, looks, strict=True)):
+        time.sleep(0)  # lets a thread in that waits for the interpreter; it would have to wait for 5 ms otherwise
+        judge = Judge(current, scenarios, limits, ground, look.known)
+        yield _choose(judge, look.path, targets[i] if targets else None, steady)
+
+
+def _choose(judge: Judge, path: list[_Slots], target: Placement | None, steady: bool) -> Found:
+    """Choose on a path, or a re-solve where it leads too little far."""
+    stay, lost = survey(judge, steady)
     if stay.reason:
         return Found(stay, judge, [])
+    current, limits, ground = judge.current, judge.limits, judge.ground
     scenarios, before = judge.scenarios, stay.imbalance_before
-    path = [p for p in _path(current, scenarios.search, lost, limits, ground) if judge.allows(p)]
+    path = [p for p in path if judge.allows(p)]
     chosen = judge.rate(path[-1] if path else judge.slots)
     resolved: Candidate | None = None
     enough = min(limits.gain * lost, _NEARLY * chosen.gain)
@@ -306,30 +328,62 @@ def _cheapest(path: list[_Slots], last: Candidate, enough: float, judge: Judge) 
     return max((judge.rate(p) for p in path[: high + 1]), key=net)
 
 
-def _path(current: Placement, search: _Ints, lost: float, limits: Limits, ground: Ground) -> list[_Slots]:
+class _Look(NamedTuple):
+    path: list[_Slots]
     """The placements after each step of the search."""
-    cost, most_cost = np.ones(current.n_logical), math.inf
-    if limits.expert_bytes is not None and limits.expert_bytes.any():
-        mean = float(limits.expert_bytes.mean())
-        cost = np.maximum(limits.expert_bytes / mean, 1e-12)  # above 0
-        if limits.max_bytes is not None:
-            most_cost = limits.max_bytes / mean
-    # Not all of what may be left over: the batches kept back see a little less than those searched on.
-    wanted = 1.0 + _SPARE * (1.0 - limits.gain) * lost
-    ends, slots, experts = _C.find_changes(
-        current.phy2log.data_ptr(),
-        current.n_physical,
-        current.n_logical,
-        current.n_ranks,
+    known: list[tuple[_Slots, _Floats]]
+    """Some placements, and their imbalance on the batches kept back."""
+
+
+def _look_at(
+    currents: Sequence[Placement], search: Sequence[_Ints], dealt: Sequence[Scenarios], limits: Limits, ground: Ground
+) -> Iterator[_Look]:
+    """Search in all layers, placements of the same sizes; where there are no batches to search on, rate alone."""
+    first = currents[0]
+    cost, most_cost = _prices(first.n_logical, limits)
+    looks = _C.look_for_changes(
+        [
+            (p.phy2log.data_ptr(), s.ctypes.data, len(s), d.judge.ctypes.data, len(d.judge))
+            for p, s, d in zip(currents, search, dealt, strict=True)
+        ],
+        first.n_physical,
+        first.n_logical,
+        first.n_ranks,
         ground.group_size,
-        current.n_ranks // ground.n_nodes,
-        search.ctypes.data,
-        len(search),
+        first.n_ranks // ground.n_nodes,
         cost.ctypes.data,
-        current.n_physical if limits.max_moves is None else limits.max_moves,
+        first.n_physical if limits.max_moves is None else limits.max_moves,
         most_cost,
-        wanted,
+        (limits.gain, limits.min_gain, _SPARE, _NEARLY),
     )
+    for current, (before, ends, slots, experts, rated) in zip(currents, looks, strict=True):
+        path = _path(current, ends, slots, experts)
+        known = [(current.phy2log.numpy(), np.frombuffer(before))]
+        known += [(path[steps - 1], np.frombuffer(after)) for steps, after in rated]
+        yield _Look(path, known)
+
+
+def rate_layers(placements: Sequence[Placement], loads: Sequence[_Ints], ground: Ground) -> list[_Floats]:
+    """Imbalance of every layer's loads ``[batches, n_logical]``, none all 0; placements of the same sizes. One call."""
+    if not placements:
+        return []
+    rows = [np.ascontiguousarray(x) for x in loads]
+    dealt = [Scenarios(x[:0], x, x, np.empty(0), False) for x in rows]
+    free = Limits(1.0, 0.0, None, None, None, None, None, None)
+    return [look.known[0][1] for look in _look_at(placements, [x[:0] for x in rows], dealt, free, ground)]
+
+
+def _prices(n_logical: int, limits: Limits) -> tuple[_Floats, float]:
+    """What writing each expert costs, [n_logical], and the most that may be spent; 1 for a move on average."""
+    if limits.expert_bytes is None or not limits.expert_bytes.any():
+        return np.ones(n_logical), math.inf
+    mean = float(limits.expert_bytes.mean())
+    cost = np.maximum(limits.expert_bytes / mean, 1e-12)  # above 0
+    return cost, math.inf if limits.max_bytes is None else limits.max_bytes / mean
+
+
+def _path(current: Placement, ends: list[int], slots: list[int], experts: list[int]) -> list[_Slots]:
+    """The placements after each step."""
     phy2log = current.phy2log.numpy().copy()
     path, done = [], 0
     for end in ends:
@@ -341,8 +395,22 @@ def _path(current: Placement, search: _Ints, lost: float, limits: Limits, ground
 
 def levelled(placement: Placement, loads: _Ints, ground: Ground) -> Placement:
     """Follow the search from a placement to its end, whatever it writes; loads ``[n, n_logical]``, each below 2**52."""
-    free = Limits(1.0, 0.0, None, None, None, None, None, None)
-    path = _path(placement, np.ascontiguousarray(loads), 0.0, free, ground)
+    cost = np.ones(placement.n_logical)
+    steps = _C.find_changes(
+        placement.phy2log.data_ptr(),
+        placement.n_physical,
+        placement.n_logical,
+        placement.n_ranks,
+        ground.group_size,
+        placement.n_ranks // ground.n_nodes,
+        loads.ctypes.data,
+        len(loads),
+        cost.ctypes.data,
+        placement.n_physical,
+        math.inf,
+        1.0,
+    )
+    path = _path(placement, *steps)
     return Placement(path[-1], placement.n_ranks, placement.n_logical) if path else placement
 
 
@@ -412,11 +480,3 @@ def _checked_bytes(expert_bytes: object, n_logical: int) -> _Ints | None:
     else:
         sizes = [whole_number("expert_bytes", cast(SupportsIndex, expert_bytes), 0, 2**50)] * n_logical
     return np.array(sizes, dtype=np.int64)
-
-
-def _weight(limits: Limits, n: int) -> int | None:
-    return None if limits.expert_bytes is None else n
-
-
-def _no_time(limits: Limits) -> tuple[float | None, float | None]:
-    return (None, None) if limits.horizon is None else (0.0, 0.0)

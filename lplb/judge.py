@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -145,32 +146,53 @@ class Rating:
 
     def __init__(self, current: Placement, loads: _Ints, group_size: int) -> None:
         """``loads``: ``[batches, n_logical]``, each batch from 1 up to 2**52, contiguous."""
-        self._batches = len(loads)
-        self._rating = _C.PlacementRating(
-            current.phy2log.data_ptr(),
-            current.n_physical,
-            current.n_logical,
-            current.n_ranks,
-            group_size,
-            loads.ctypes.data,
-            len(loads),
-        )
+        self._current, self._loads, self._group_size = current, loads, group_size
+        self._known: dict[bytes, _Floats] = {}
+        self._rating: _C.PlacementRating | None = None
+
+    def know(self, phy2log: _Slots, imbalance: _Floats) -> None:
+        """Take what a placement was rated elsewhere."""
+        self._known[phy2log.tobytes()] = imbalance
 
     def imbalance(self, phy2log: _Slots) -> _Floats:
         """Of every batch, ``[batches]``; as `lplb.policies.imbalance`."""
-        out = np.empty(self._batches)
+        known = self._known.get(phy2log.tobytes())
+        if known is not None:
+            return known
+        current, loads = self._current, self._loads
+        if self._rating is None:
+            self._rating = _C.PlacementRating(
+                current.phy2log.data_ptr(),
+                current.n_physical,
+                current.n_logical,
+                current.n_ranks,
+                self._group_size,
+                loads.ctypes.data,
+                len(loads),
+            )
+        out = np.empty(len(loads))
         self._rating.rate(phy2log.ctypes.data, out.ctypes.data)
+        self.know(phy2log, out)
         return out
 
 
 class Judge:
     """The scenarios kept back from the search, the batches that figures are of, and the limits."""
 
-    def __init__(self, current: Placement, scenarios: Scenarios, limits: Limits, ground: Ground) -> None:
-        """See the class."""
+    def __init__(
+        self,
+        current: Placement,
+        scenarios: Scenarios,
+        limits: Limits,
+        ground: Ground,
+        known: Sequence[tuple[_Slots, _Floats]] = (),
+    ) -> None:
+        """See the class; known: placements and their imbalance on the scenarios kept back."""
         self.current, self.scenarios, self.limits, self.ground = current, scenarios, limits, ground
         self.slots: _Slots = current.phy2log.numpy()
         self._judge = Rating(current, scenarios.judge, ground.group_size)
+        for phy2log, imbalance in known:
+            self._judge.know(phy2log, imbalance)
         self._shown = self._judge
         if scenarios.shown is not scenarios.judge:
             self._shown = Rating(current, scenarios.shown, ground.group_size)

@@ -1,13 +1,21 @@
 """A cycle's plan: gates, budgets for all layers together, odd layers, and digests that tell any difference."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import random_placement
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import exact_optimum
+from test_distributed import on_ranks
 
+from lplb import _C
 from lplb.change import plan_change
 from lplb.dynamic.planning import POLICIES, Problem, Settings, plan, plans_digest
 from lplb.placement import Placement
@@ -93,6 +101,53 @@ def test_without_budgets_a_layer_is_planned_as_by_plan_change():
     problem = scene(1)
     for before, p, rows in zip(problem.placements, plan(problem), problem.history, strict=True):
         assert p.placement == plan_change(before, rows).placement
+
+
+# ---- quality
+
+
+@pytest.mark.parametrize(("n_logical", "n_ranks", "most"), [(64, 8, 1.005), (256, 32, 1.005), (256, 64, 1.01)])
+@pytest.mark.parametrize("seed", range(2))
+def test_steady_loads_placed_anew_leave_the_busiest_rank_near_the_mean(seed, n_logical, n_ranks, most):
+    """Dirichlet(0.5), one spare slot per rank; no expert has more than its rank's share times the ranks."""
+    rng = np.random.default_rng(seed)
+    loads = rng.multinomial(32768 * n_ranks, rng.dirichlet(np.full(n_logical, 0.5))).astype(np.int64)
+    own = np.arange(n_logical).reshape(n_ranks, -1)
+    current = Placement(np.c_[own, np.roll(own[:, 0], 1)].ravel(), n_ranks)
+    result = plan(Problem((current,), loads[None, None], None, Settings(policy="lp", steady=True)))[0]
+    assert result.worth
+    assert mean_imbalance(result.placement, loads[None]) <= most
+    assert result.imbalance_after == pytest.approx(mean_imbalance(result.placement, loads[None]), rel=1e-9)
+
+
+def over_time(seed, shift, cycles=3):
+    """A placement, and 64 rows from before a shift and 16 for every cycle after it."""
+    rng = np.random.default_rng(seed)
+    old, new = rng.lognormal(0, 0.85, (2, N_LOGICAL))
+    placement = place(counts(rng, old, 64), n_ranks=N_RANKS, n_physical=N_PHYSICAL)
+    return placement, np.concatenate([counts(rng, old, 64), counts(rng, new if shift else old, 16 * cycles)])
+
+
+def test_a_change_is_seen_after_16_rows_of_a_window_of_64():
+    seen = 0
+    for seed in range(12):
+        placement, rows = over_time(seed, shift=True)
+        before = mean_imbalance(placement, rows[80:88])
+        result = plan(Problem((placement,), rows[None, 16:80], None, Settings()))[0]
+        if result.worth:
+            seen += 1
+            assert "newest 16 rows" in result.reason
+            assert mean_imbalance(result.placement, rows[80:88]) < before - 0.01
+        else:
+            assert before < 1.03
+    assert seen >= 10
+
+
+def test_without_a_change_nothing_moves_as_rows_come_in():
+    for seed in range(20):
+        placement, rows = over_time(seed, shift=False)
+        for end in range(16, len(rows) + 1, 16):
+            assert not plan(Problem((placement,), rows[None, max(0, end - 64) : end], None, Settings()))[0].worth
 
 
 # ---- budgets
@@ -209,6 +264,70 @@ def test_groups_and_nodes_are_kept():
         assert set(here.tolist()) == set(there.tolist())
 
 
+def test_ranks_placed_anew_stand_on_the_nodes_that_send_to_them():
+    """What a node has is what `place` gave it; only within nodes do ranks change places."""
+    problem = scene(0, layers=1, policy="lp", n_nodes=2)
+    sources = np.zeros((1, N_RANKS, N_LOGICAL), dtype=np.int64)
+    sources[0, :2, ::2] = sources[0, 2:, 1::2] = problem.history[0].sum(0)[::2].mean().astype(np.int64)
+    result = plan(dataclasses.replace(problem, sources=sources))[0]
+    placed = place(problem.history[0, :16], n_ranks=N_RANKS, n_physical=N_PHYSICAL, n_nodes=2, sources=sources[0])
+    assert result.worth
+    for here, there in zip(result.placement.phy2log.view(2, -1), placed.phy2log.view(2, -1), strict=True):
+        assert sorted(here.tolist()) == sorted(there.tolist())
+
+
+# ---- what placements are rated by
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([(1, 1), (2, 2), (4, 2), (6, 3), (12, 12), (80, 80)]), st.integers(1, 4))
+def test_placements_rated_one_after_another_have_their_exact_imbalance(seed, ranks, slots):
+    """Each solve begins with what was left of another placement; the optimum is that of minimum cuts in integers."""
+    rng = np.random.default_rng(seed)
+    n_ranks, group_size = ranks
+    in_group = int(rng.integers(slots, group_size * slots + 1))
+    made = [random_placement(rng, n_ranks, group_size, in_group, slots).astype(np.int32) for _ in range(3)]
+    n_logical = in_group * n_ranks // group_size
+    loads = rng.integers(0, 10 ** int(rng.integers(1, 9)), (3, n_logical)) * (rng.random((3, n_logical)) < 0.8)
+    loads[:, 0] += 1
+    rating = _C.PlacementRating(
+        made[0].ctypes.data, len(made[0]), n_logical, n_ranks, group_size, loads.ctypes.data, len(loads)
+    )
+    for phy2log in (*made, made[0]):
+        found = np.empty(3)
+        rating.rate(phy2log.ctypes.data, found.ctypes.data)
+        exact = [float(max(exact_optimum(phy2log, n_ranks, group_size, row))) * n_ranks / row.sum() for row in loads]
+        assert found == pytest.approx(exact, rel=1e-12)
+
+
+# ---- the same everywhere
+
+
+def digests(rank):
+    """Of problems and plans, in every policy, on one rank of a group or in a process of its own."""
+    found = []
+    for policy in POLICIES:
+        for few in ({}, {"max_moves": 7}):
+            problem = scene(5, policy=policy, **few)
+            found += [problem.digest(), plans_digest(plan(problem))]
+    return found
+
+
+def test_ranks_and_instruction_sets_plan_alike(tmp_path):
+    here = digests(0)
+    assert on_ranks(2, tmp_path / "ranks", digests) == [here, here]
+    code = "import test_dynamic_planning as t; print(*t.digests(0))"
+    portable = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"LPLB_ISA": "portable", "PYTHONHASHSEED": "1"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert portable.stdout.split() == here
+
+
 # ---- digests
 
 
@@ -311,6 +430,6 @@ def test_problems_refuse():
         (((placement,), history, None, Settings(n_nodes=3)), ValueError, "n_ranks is 2, allowed is a multiple of"),
         (((placement,), history, None, {}), TypeError, "settings is a dict, allowed"),
     ]
-    for given, error, message in refused:
+    for arguments, error, message in refused:
         with pytest.raises(error, match=message):
-            Problem(*given)
+            Problem(*arguments)

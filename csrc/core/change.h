@@ -47,7 +47,7 @@ inline constexpr int kQuietRanks = 6;  // ranks that a crowded rank may exchange
 inline constexpr int kScored = 8;      // candidates of either kind that the LP scores
 
 inline constexpr double kLeastGain = 2e-4;            // of the mean imbalance, for a step
-inline constexpr double kLikely = -0.5, kSure = 0.5;  // standard errors, on a few batches and on all
+inline constexpr double kLikely = -0.5, kSure = 0.4;  // standard errors, on a few batches and on all
 
 struct Candidate {
   SlotWrite first, second;  // second.slot < 0: one write alone

@@ -469,7 +469,7 @@ class Draft {
 
   static constexpr size_t kAlign = 64;
   static constexpr int kLevelRounds = 3;
-  static constexpr size_t kMostCuts = 16;
+  static constexpr size_t kMostCuts = 24;
   Solve solve_;
   const int words_;
   std::vector<double> ones_;

@@ -1,6 +1,5 @@
 #include "change.h"
 
-#include "../core/rate.h"
 #include "solve.h"
 
 namespace lplb::cpu {
@@ -8,6 +7,11 @@ namespace lplb::cpu {
 ChangePath find_changes(const ChangeTask& task) {
   const FindBottleneck solve = best_instruction_set().find_bottleneck;
   return ChangeSearch<FindBottleneck>(task, solve).run();
+}
+
+ChangeLook look_for_changes(const ChangeTask& task, const int64_t* kept_back, int batches, const ChangeAims& aims) {
+  const FindBottleneck solve = best_instruction_set().find_bottleneck;
+  return ChangeLooking<FindBottleneck>(task, kept_back, batches, aims, solve).run();
 }
 
 struct PlacementRating::Rated {

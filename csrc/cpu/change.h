@@ -3,12 +3,15 @@
 
 #include <memory>
 
-#include "../core/change.h"
+#include "../core/rate.h"
 #include "../core/relabel.h"
 
 namespace lplb::cpu {
 
 ChangePath find_changes(const ChangeTask& task);
+
+// core/rate.h's for one layer.
+ChangeLook look_for_changes(const ChangeTask& task, const int64_t* kept_back, int batches, const ChangeAims& aims);
 
 // Placements of one layer, rated one after another on the same batches; core/rate.h.
 class PlacementRating {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lplb.arguments import checked_group_size, seen, whole_number
-from lplb.change import Change, Found, checked_number, decide, levelled, plan_layer, survey
-from lplb.judge import FEWEST_BATCHES, MOST_BATCHES, Candidate, Ground, Judge, Limits, Rating, mean_of, noise_of
+from lplb.change import Change, Found, checked_number, decide, levelled, plan_layers, rate_layers, survey
+from lplb.judge import FEWEST_BATCHES, MOST_BATCHES, Candidate, Ground, Judge, Limits, deal_out, mean_of, noise_of
 from lplb.placement import Placement
 from lplb.policies import place
 from lplb.relabel import nested_blocks, relabel
@@ -222,14 +222,16 @@ def plan(problem: Problem) -> tuple[LayerPlan, ...]:
     Returns:
         One plan for each layer. It depends on the problem alone; one thread computes it, almost all without the GIL.
     """
-    found = [_plan_layer(problem, layer) for layer in range(len(problem.placements))]
-    budget = problem.settings.budget()
-    if budget is not None and sum(_n_moves(f) for f in found if f) > budget:
-        found = _share_out(found, budget)
-    return tuple(
-        _as_plan(f) if f else LayerPlan(placement, False, "no loads", 1.0, 1.0, 0)
-        for f, placement in zip(found, problem.placements, strict=True)
-    )
+    plans = [LayerPlan(placement, False, "no loads", 1.0, 1.0, 0) for placement in problem.placements]
+    budget, layers = problem.settings.budget(), _loaded(problem)
+    found = []
+    for (layer, _), f in zip(layers, _plan_layers(problem, layers), strict=True):
+        found.append(f)
+        plans[layer] = _as_plan(f)
+    if budget is not None and sum(p.n_moves for p in plans) > budget:
+        for (layer, _), f in zip(layers, _share_out(found, budget), strict=True):
+            plans[layer] = _as_plan(f)
+    return tuple(plans)
 
 
 def plans_digest(plans: Sequence[LayerPlan]) -> str:
@@ -244,51 +246,64 @@ def plans_digest(plans: Sequence[LayerPlan]) -> str:
 # ---- one layer
 
 
-def _plan_layer(problem: Problem, layer: int) -> Found | None:
-    """What the layer would do if the budget were its own; None without loads."""
-    settings, current, rows = problem.settings, problem.placements[layer], problem.history[layer]
-    rows = rows[rows.any(axis=1)][-MOST_BATCHES:]
-    if not len(rows):
-        return None
-    limits = settings.limits(current.n_logical)
+def _loaded(problem: Problem) -> list[tuple[int, _Ints]]:
+    """The layers that have loads, and their rows that have."""
+    rows = [layer[layer.any(axis=1)][-MOST_BATCHES:] for layer in problem.history]
+    return [(i, r) for i, r in enumerate(rows) if len(r)]
+
+
+def _plan_layers(problem: Problem, layers: Sequence[tuple[int, _Ints]]) -> Iterator[Found]:
+    """What every layer would do if the budget were its own."""
+    settings, currents = problem.settings, [problem.placements[layer] for layer, _ in layers]
+    if not layers:
+        return
+    limits = settings.limits(currents[0].n_logical)
     ground = Ground(problem.group_size, settings.n_nodes)
     if settings.policy != "change":
-        return _resolve(problem, layer, rows, limits, ground)
-    found = plan_layer(current, rows, limits, ground, steady=settings.steady)
-    if found.change.worth or len(rows) < _LEAST_ROWS:
-        return found
-    return _look_again(found, rows, limits, ground)
+        yield from (_resolve(problem, layer, rows, limits, ground) for layer, rows in layers)
+        return
+    all_rows = [rows for _, rows in layers]
+    found = list(plan_layers(currents, all_rows, limits, ground, steady=settings.steady))
+    _look_again(found, all_rows, limits, ground)
+    yield from found
 
 
-def _look_again(found: Found, rows: _Ints, limits: Limits, ground: Ground) -> Found:
-    """Look at the newest rows alone, if the imbalance has risen there, by more than the older half explains."""
-    judge, half = found.judge, len(rows) // 2
-    older = Rating(judge.current, np.ascontiguousarray(rows[:half]), ground.group_size)
-    before = older.imbalance(judge.slots)
-    line = mean_of(before) + max(limits.min_gain, noise_of(before, FEWEST_BATCHES))
+def _look_again(found: list[Found], layers: Sequence[_Ints], limits: Limits, ground: Ground) -> None:
+    """Look at the newest rows alone, where the imbalance has risen there by more than the older half explains.
 
-    def risen(newer: _Floats) -> bool:
-        return len(newer) == FEWEST_BATCHES and mean_of(newer) > line
+    What is found so replaces what is in ``found``.
+    """
+    doubtful = [i for i, f in enumerate(found) if not f.change.worth and len(layers[i]) >= _LEAST_ROWS]
+    older = [layers[i][: len(layers[i]) // 2] for i in doubtful]
+    before = rate_layers([found[i].judge.current for i in doubtful], older, ground)
+    newest = [_newest(found[i].judge.before, b, limits.min_gain) for i, b in zip(doubtful, before, strict=True)]
+    for n in sorted(set(newest) - {0}):
+        which = [k for k, size in enumerate(newest) if size == n]
+        currents = [found[doubtful[k]].judge.current for k in which]
+        again = list(plan_layers(currents, [layers[doubtful[k]][-n:] for k in which], limits, ground))
+        after = rate_layers([f.change.placement for f in again], [older[k] for k in which], ground)
+        for k, f, there in zip(which, again, after, strict=True):
+            # Loads that wander come back: their like is in the older half, where the moves gain now more and now less.
+            gained = f.change.imbalance_before - f.change.imbalance_after
+            if f.change.worth and gained > noise_of(before[k] - there, n // 2):
+                reason = f"on the newest {n} rows alone, {f.change.reason}"
+                found[doubtful[k]] = f._replace(change=replace(f.change, reason=reason))
 
-    if not risen(judge.before[-FEWEST_BATCHES:]):
-        return found
-    newest = FEWEST_BATCHES * (2 if risen(judge.before[-2 * FEWEST_BATCHES : -FEWEST_BATCHES]) else 1)
-    again = plan_layer(judge.current, rows[-newest:], limits, ground)
-    if not again.change.worth:
-        return found
-    # Loads that wander come back: their like is in the older half, where the moves gain now more and now less.
-    gains = before - older.imbalance(again.change.placement.phy2log.numpy())
-    gained, noise = again.change.imbalance_before - again.change.imbalance_after, noise_of(gains, newest // 2)
-    if gained <= noise:
-        return found
-    reason = f"on the newest {newest} rows alone, {again.change.reason}"
-    return again._replace(change=replace(again.change, reason=reason))
+
+def _newest(newer: _Floats, older: _Floats, min_gain: float) -> int:
+    """How many of the newest rows have more imbalance than the older ones explain: 0, 16 or 32."""
+    n = FEWEST_BATCHES
+    line = mean_of(older) + max(min_gain, noise_of(older, n))
+    if not mean_of(newer[-n:]) > line:
+        return 0
+    return 2 * n if len(newer) >= 2 * n and mean_of(newer[-2 * n : -n]) > line else n
 
 
 def _resolve(problem: Problem, layer: int, rows: _Ints, limits: Limits, ground: Ground) -> Found:
     """Place anew on what the search would see, relabelled; gated as any change."""
     settings, current = problem.settings, problem.placements[layer]
-    judge, stay, _ = survey(current, rows, limits, ground, settings.steady)
+    judge = Judge(current, deal_out(rows), limits, ground)
+    stay, _ = survey(judge, settings.steady)
     if stay.reason:
         return Found(stay, judge, [])
     local = settings.policy == "lp" and settings.mode != "AG" and problem.sources is not None
@@ -340,12 +355,12 @@ def _as_plan(found: Found) -> LayerPlan:
 # ---- one budget for all layers
 
 
-def _share_out(found: Sequence[Found | None], budget: int) -> list[Found | None]:
+def _share_out(found: Sequence[Found], budget: int) -> list[Found]:
     """Of every layer as many moves that all together gain most within the budget, exactly: a knapsack, layer by layer.
 
     What a layer gains counts by its tokens.
     """
-    stops = [_stops(f) if f else [] for f in found]
+    stops = [_stops(f) for f in found]
     best = np.zeros(budget + 1)  # tokens saved with at most so many moves in the layers so far
     taken: list[_Ints] = []  # the stop of each layer for every number of moves, -1 for none
     for ways in stops:
@@ -361,7 +376,7 @@ def _share_out(found: Sequence[Found | None], budget: int) -> list[Found | None]
     left, shared = budget, list(found)
     for layer in reversed(range(len(found))):
         f = found[layer]
-        if f is None or not f.change.worth:
+        if not f.change.worth:
             continue
         i = int(taken[layer][left])
         if i < 0:
