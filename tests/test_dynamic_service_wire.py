@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lplb import Placement
 from lplb.dynamic import keys, wire
+from lplb.dynamic.dropped import Dropped
 from lplb.dynamic.planning import LayerPlan, Problem, Settings
 
 REQUEST = bytes(range(16))
@@ -305,7 +306,7 @@ def test_words_are_checked_and_made_harmless():
 
 def test_what_is_dropped_is_said_once_a_minute(caplog):
     now = [0.0]
-    dropped = wire.Dropped(logging.getLogger("test"), lambda: now[0])
+    dropped = Dropped(logging.getLogger("test"), lambda: now[0])
     for second in range(0, 121, 10):
         now[0] = float(second)
         dropped.say("one", "first kind")

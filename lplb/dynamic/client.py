@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from lplb.arguments import whole_number
 from lplb.dynamic import wire
+from lplb.dynamic.dropped import Dropped
 from lplb.dynamic.keys import KEY_VARIABLE, Keys, is_loopback, key_from, require_packages
 from lplb.dynamic.planning import LayerPlan, Problem
-from lplb.dynamic.wire import Dropped, Envelope, Frames
+from lplb.dynamic.wire import Envelope, Frames
 
 if TYPE_CHECKING:
     import zmq

@@ -17,10 +17,8 @@ run, and nothing is used before its type, size and value have been checked: what
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -36,7 +34,6 @@ __all__ = [
     "MOST_RANKS",
     "MOST_ROWS",
     "PROTOCOL",
-    "Dropped",
     "Envelope",
     "Frames",
     "OtherProtocol",
@@ -466,42 +463,3 @@ def _narrow(counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     """Half the bytes where the values allow it."""
     small = not counts.size or (counts.max() < 2**31 and counts.min() >= -(2**31))
     return counts.astype("<i4" if small else "<i8")
-
-
-# ---- what is dropped
-
-
-class Dropped:
-    """Says what was received and dropped: the first of a kind at once, more of it once a minute, with their number.
-
-    Args:
-        log: where to.
-        clock: seconds, for tests.
-    """
-
-    _PAUSE = 60.0  # seconds
-    _MOST_KINDS = 64  # what others send must not fill the memory
-
-    def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
-        """See the class."""
-        self._log = log
-        self._clock = clock
-        self._said: dict[str, float] = {}
-        self._since: dict[str, int] = {}
-
-    def say(self, kind: str, message: str) -> None:
-        """Count one; warn of it unless its kind was spoken of within the last minute.
-
-        Args:
-            kind: what it is counted as, one of few.
-            message: what to say.
-        """
-        now = self._clock()
-        if kind not in self._said and len(self._said) >= self._MOST_KINDS:
-            return
-        if now - self._said.get(kind, -math.inf) < self._PAUSE:
-            self._since[kind] = self._since.get(kind, 0) + 1
-            return
-        more = self._since.pop(kind, 0)
-        self._said[kind] = now
-        self._log.warning("%s%s", message, f" (and {more} more like it before)" if more else "")
