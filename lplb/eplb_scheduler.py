@@ -133,6 +133,8 @@ def _key(keys: Sequence[str], fd: int | None) -> bytes | None:
         return checked_key(keys[-1])
     if fd is None:
         return None
+    if not 0 <= fd < 2**31:  # a C int; Python's own errors name no option
+        raise ValueError(f"auth_key_fd is {fd}, allowed is a file open for reading, 0 to 2**31 - 1")
     try:
         with open(fd, "rb") as file:
             key = file.read(_MOST_KEY_BYTES)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lplb.arguments import whole_number
 from lplb.dynamic import wire
 from lplb.dynamic.dropped import Dropped
-from lplb.dynamic.keys import KEY_VARIABLE, Keys, is_loopback, key_from, require_packages
+from lplb.dynamic.keys import KEY_VARIABLE, Keys, address_of, is_loopback, key_from, numeric, require_packages
 from lplb.dynamic.planning import LayerPlan, Problem
 from lplb.dynamic.wire import Envelope, Frames
 
@@ -67,11 +67,14 @@ class Client:
         self._address, host = _checked_address(address)
         require_packages()
         key = key_from(auth_key)
-        if key is None and not is_loopback(host):
-            raise ValueError(
-                f"address is {address!r}, allowed without an auth key are the loopback addresses, such as "
-                f"tcp://localhost:50001: set {KEY_VARIABLE} on the scheduler and on all ranks"
-            )
+        if key is None:  # looked up once: what is checked is what is connected to
+            host = numeric(host)
+            if not is_loopback(host):
+                raise ValueError(
+                    f"address is {address!r}, allowed without an auth key are the loopback addresses, such as "
+                    f"tcp://localhost:50001: set {KEY_VARIABLE} on the scheduler and on all ranks"
+                )
+            self._address = address_of(host, int(self._address.rpartition(":")[2]))
         self._keys = None if key is None else Keys.of(key)
         self._context: zmq.Context[Any] | None = None
         self._turn = threading.Lock()

@@ -22,7 +22,7 @@ from lplb.arguments import whole_number
 from lplb.dynamic import planning, wire
 from lplb.dynamic.dropped import Dropped
 from lplb.dynamic.flags import Flags
-from lplb.dynamic.keys import KEY_VARIABLE, Keys, is_loopback, key_from, require_packages
+from lplb.dynamic.keys import KEY_VARIABLE, Keys, address_of, is_loopback, key_from, numeric, require_packages
 from lplb.dynamic.planning import LayerPlan, Problem
 from lplb.dynamic.wire import Envelope, Frames
 
@@ -37,7 +37,7 @@ _HANDSHAKE_MS, _HEARTBEAT_MS, _LOST_MS = 5000, 2000, 10_000
 _STALE = 10.0  # seconds: clients ask again every second, so nobody waits any more
 _JOIN = 5.0  # seconds that an end waits for a plan under way
 _MOST_ENTRIES = 64
-_MOST_QUEUED = 4  # problems in memory, beside the one that is planned
+_MOST_QUEUED, _MOST_QUEUED_BYTES = 4, 2**30  # problems in memory, beside the one that is planned
 _MESSAGES_AT_ONCE = 64  # before the loop looks at other things
 
 Key = tuple[str, int, str]
@@ -133,7 +133,11 @@ class _Planning:
 
     @property
     def full(self) -> bool:
-        return self._jobs.qsize() >= _MOST_QUEUED
+        """Whether one more of the largest that the flags allow would be too much; one is never."""
+        with self._jobs.mutex:
+            waiting = [sum(map(len, job.frames)) for job in self._jobs.queue if job is not None]
+        largest = self._flags.most_frames * wire.MOST_FRAME_BYTES
+        return len(waiting) >= _MOST_QUEUED or (bool(waiting) and sum(waiting) + largest > _MOST_QUEUED_BYTES)
 
     def put(self, job: _Job) -> None:
         self._jobs.put(job)
@@ -159,7 +163,7 @@ class _Planning:
             problem = wire.decode_problem(job.frames)
             damaged = "" if problem.digest() == job.envelope.digest else "it has another digest than it says"
         except Exception as error:
-            damaged = str(error) or type(error).__name__
+            damaged = wire.one_line(str(error)) or type(error).__name__
         if damaged:
             return _Outcome(job, _Answer("", []), damaged)
         return _Outcome(job, self._answer(job.envelope, problem), "")
@@ -169,9 +173,11 @@ class _Planning:
             self._flags.check(problem)
             began = time.monotonic()
             plans = self._plan(self._flags.limited(problem))
-            _log.info(
+            n_worth = sum(p.worth for p in plans)
+            _log.log(
+                logging.INFO if n_worth else logging.DEBUG,
                 "model %r, epoch %d: %d of %d layers are to change; planned in %.3g s",
-                envelope.model, envelope.epoch, sum(p.worth for p in plans), len(plans), time.monotonic() - began,
+                envelope.model, envelope.epoch, n_worth, len(plans), time.monotonic() - began,
             )  # fmt: skip
             return _Answer("plan", wire.encode_plans(plans))
         except (TypeError, ValueError) as error:
@@ -215,13 +221,13 @@ class Scheduler:
         port = whole_number("port", port, 0, 65535)
         key = key_from(auth_key)
         self._keys = None if key is None else Keys.of(key)
-        name = _numeric(host)  # looked up once: what is checked is what is listened on
+        name = numeric(host)  # looked up once: what is checked is what is listened on
         if self._keys is None and not is_loopback(name):
             raise ValueError(
                 f"host is {host!r}, allowed without an auth key are the loopback addresses, such as localhost: "
                 f"set {KEY_VARIABLE} on the scheduler and on all ranks"
             )
-        self._address = f"tcp://[{name}]:{port}" if ":" in name else f"tcp://{name}:{port}"
+        self._address = address_of(name, port)
         self._plan = plan
         self._board = _Board(most_bytes)
         self._outcomes: SimpleQueue[_Outcome] = SimpleQueue()
@@ -421,13 +427,3 @@ class Scheduler:
             router.send_multipart(frames, zmq.NOBLOCK)
         except zmq.ZMQError as error:  # the client asks again, or does not care
             self._dropped.say("send", f"an answer could not be sent: {error}")
-
-
-def _numeric(host: str) -> str:
-    """The address to listen on; IPv4 first, as clients try it."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"host is {host!r}, allowed is a name or an address of this machine: {error}") from error
-    *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    return str(address[0])

@@ -49,6 +49,7 @@ __all__ = [
     "encode_state",
     "frames_of_plans",
     "frames_of_problem",
+    "one_line",
     "version_frame",
 ]
 
@@ -273,7 +274,7 @@ def encode_plans(plans: Sequence[LayerPlan]) -> Frames:
 
 
 def decode_plans(frames: Sequence[bytes], problem: Problem) -> tuple[LayerPlan, ...]:
-    """Return the plans of an answer, valid for the problem.
+    """Return the plans of an answer, valid for the problem, with each reason on one line.
 
     Args:
         frames: the whole message, whose envelope has been read.
@@ -281,7 +282,8 @@ def decode_plans(frames: Sequence[bytes], problem: Problem) -> tuple[LayerPlan, 
 
     Raises:
         Rubbish: it does not hold plans, or plans that are not of this problem: other sizes, an expert without a slot,
-            twice on a rank or in two groups, moves that are not what they are said to be, or more than the budget.
+            twice on a rank or in two groups, moves that are not what they are said to be, or more than the budget, an
+            imbalance that is below 0 or not finite.
     """
     body = _body(frames, {"reasons": list, "arrays": list})
     reasons, layers = body["reasons"], len(problem.placements)
@@ -298,10 +300,12 @@ def decode_plans(frames: Sequence[bytes], problem: Problem) -> tuple[LayerPlan, 
     ):
         if array.shape != shape:
             _rubbish(f"{name} has shape {list(array.shape)}, allowed is {list(shape)}")
-    if worth.max() > 1 or (imbalances < 0).any():
-        _rubbish("worth is neither 0 nor 1, or an imbalance is below 0")
+    if worth.max() > 1 or not (np.isfinite(imbalances) & (imbalances >= 0)).all():
+        _rubbish("worth is neither 0 nor 1, or an imbalance is below 0 or not finite")
     plans = tuple(
-        LayerPlan(_checked_placement(row, before, problem.settings), bool(w), reason, float(b), float(a), int(n))
+        LayerPlan(
+            _checked_placement(row, before, problem.settings), bool(w), one_line(reason), float(b), float(a), int(n)
+        )
         for row, before, w, reason, (b, a), n in zip(
             table, problem.placements, worth, reasons, imbalances, moves, strict=True
         )
@@ -367,7 +371,12 @@ def decode_reason(frames: Sequence[bytes]) -> str:
     reason: str = _body(frames, {"reason": str})["reason"]
     if len(reason) > _REASON_LENGTH:
         _rubbish(f"a reason of {len(reason)} characters, allowed are {_REASON_LENGTH}")
-    return " ".join("".join(c if c.isprintable() else " " for c in reason).split())
+    return one_line(reason)
+
+
+def one_line(text: str) -> str:
+    """What others wrote, fit for a log: a space for all that is not printed, such as ESC or the end of a line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 # ---- bodies and arrays
