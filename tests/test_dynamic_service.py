@@ -555,6 +555,18 @@ def test_the_program_plans_until_a_signal_ends_it(number):
         assert "Traceback" not in said
 
 
+def test_the_program_allows_itself_all_the_files_that_it_may():
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = min(256, hard - 1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        with command("--max_memory", "512") as (process, _):
+            assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def visible(process):
     """What others may see of a process."""
     with open(f"/proc/{process.pid}/cmdline", "rb") as words, open(f"/proc/{process.pid}/environ", "rb") as names:
@@ -611,6 +623,7 @@ SECRET = "s3cret-s3cret"
         (["--host", "no.such.host.invalid"], "host is 'no.such.host.invalid'"),
         (["--auth_key", "s3cret"], "auth_key has 6 bytes, allowed are 8 to 1024"),
         (["--auth_key"], "auth_key has 0 bytes"),
+        (["--max_memory", "0"], "max_memory is 0, allowed is 1 to"),
         (["--auth_key_fd", "999"], "auth_key_fd is 999, allowed is a file open for reading"),
         (["--auth_key_fd", "-1"], "auth_key_fd is -1, allowed is a file open for reading"),
         (["--auth_key_fd", "99999999999999"], "auth_key_fd is 99999999999999, allowed is a file open for reading"),

@@ -1,6 +1,8 @@
 """What the scheduler service must survive, each with real sockets on loopback."""
 
 import contextlib
+import errno
+import logging
 import os
 import pickle
 import random
@@ -21,27 +23,34 @@ from test_dynamic_service import PATIENCE, SHORT, ask, client, dealer, gives_up,
 from test_dynamic_service_wire import KEY, Bomb, mirrored, problem
 
 from lplb.dynamic import wire
+from lplb.dynamic.door import Door
+from lplb.dynamic.dropped import Dropped
 from lplb.dynamic.keys import Keys
 
 # ---- a scheduler that dies
 
 
 PROGRAM = """
-import sys, time
+import resource, sys, time
 sys.path[:0] = {path!r}
 from test_dynamic_service import FLAGS, mirrored
 from lplb.dynamic.scheduler import Scheduler
 def plan(problem):
     time.sleep({seconds})
     return mirrored(problem)
-Scheduler(FLAGS, port={port}, auth_key={key!r}, plan=plan).serve(lambda address: print(address, flush=True))
+if {files}:
+    resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))
+scheduler = Scheduler(FLAGS, port={port}, auth_key={key!r}, plan=plan, most_memory={memory})
+scheduler.serve(lambda address: print(address, flush=True))
 """
 
 
 @contextlib.contextmanager
-def process(seconds=0.0, port=0, key=None):
-    """A scheduler that may be killed, and its address."""
-    program = PROGRAM.format(path=[os.path.dirname(__file__)], seconds=seconds, port=port, key=key)
+def process(seconds=0.0, port=0, key=None, files=0, memory=None):
+    """A scheduler that may be killed, with so many files at most, and its address."""
+    program = PROGRAM.format(
+        path=[os.path.dirname(__file__)], seconds=seconds, port=port, key=key, files=files, memory=memory
+    )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as started:
         try:
             yield started, started.stdout.readline().strip()
@@ -451,19 +460,24 @@ def test_a_port_scan(key, caplog):
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def swallowed(sock, most):
+def swallowed(sock, most, piece=bytes(2**16)):
     """How many bytes the other side takes before it hangs up."""
     sock.settimeout(PATIENCE)
     sent = 0
     with contextlib.suppress(OSError):
         while sent < most:
-            sent += sock.send(bytes(2**16))
+            sock.sendall(piece)
+            sent += len(piece)
     return sent
 
 
-def peak(pid):
+def memory(pid, of):
     with open(f"/proc/{pid}/status") as status:
-        return int(next(line for line in status if line.startswith("VmPeak:")).split()[1]) * 1024
+        return int(next(line for line in status if line.startswith(f"{of}:")).split()[1]) * 1024
+
+
+def peak(pid):
+    return memory(pid, "VmPeak")
 
 
 def greet(sock, pieces):
@@ -499,6 +513,109 @@ def test_a_frame_of_a_gigabyte_is_neither_made_room_for_nor_taken():
                         assert swallowed(sock, 2**30) < 2**26, name  # what the system's own buffers take
             assert ask(address, asked, 1, auth_key=key) == mirrored(asked)
             assert peak(scheduler.pid) - before < 2**28
+
+
+@pytest.mark.parametrize("part", [1, 2**20])
+def test_a_message_without_end_is_cut_off_and_its_memory_given_back(part):
+    """Each frame is allowed; ZeroMQ keeps them all until the last, which never comes."""
+    asked, most = problem(np.random.default_rng(30)), 2**26
+    head = b"\x01\x01" if part == 1 else b"\x03" + struct.pack(">Q", part)
+    parts = (head + bytes(part)) * max(1, 2**16 // part)
+    with process(memory=most) as (scheduler, address):
+        assert ask(address, asked) == mirrored(asked)
+        before = memory(scheduler.pid, "VmRSS")
+        for _ in range(2):
+            with socket.create_connection(host_and_port(address), PATIENCE) as sock:
+                greet(sock, [greeting(b"NULL"), ready(b"DEALER")])
+                assert swallowed(sock, 2**31, parts) < 2**31
+                wait_until(lambda: memory(scheduler.pid, "VmRSS") - before < most)
+                assert ask(address, asked, 1) == mirrored(asked)
+        assert scheduler.poll() is None
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["no key", "key"])
+def test_more_connections_than_files(key):
+    """They do nothing, and stay as long as they are let."""
+    asked = problem(np.random.default_rng(31))
+    with process(key=key, files=64) as (scheduler, address), contextlib.ExitStack() as stack:
+        assert ask(address, asked, auth_key=key) == mirrored(asked)
+        for pieces in [[], [greeting(b"PLAIN")]] * 75:
+            with contextlib.suppress(OSError):  # closed for a moment, when there are too many
+                scan = stack.enter_context(socket.create_connection(host_and_port(address), PATIENCE))
+                for piece in pieces:
+                    scan.sendall(piece)
+        assert ask(address, asked, 1, auth_key=key) == mirrored(asked)
+        assert scheduler.poll() is None
+
+
+def test_an_error_of_the_system_is_said_once_and_does_not_end_the_scheduler(caplog):
+    asked = problem(np.random.default_rng(32))
+    with running() as server:
+        receive, failed = server.scheduler._receive, []
+
+        def fails(*arguments):
+            if len(failed) < 3:
+                failed.append(arguments)
+                raise (OSError if len(failed) % 2 else zmq.ZMQError)(errno.EMFILE, "Too many open files")
+            receive(*arguments)
+
+        server.scheduler._receive = fails
+        assert ask(server.address, asked) == mirrored(asked)
+        assert len(failed) == 3
+    assert sum("went on after an error: " in record.getMessage() for record in caplog.records) == 1
+
+
+class Port:
+    """In place of a socket: what a `Door` does to it; binding fails as often as told."""
+
+    def __init__(self):
+        self.done, self.taken = [], 0
+
+    def bind(self, address):
+        self.taken -= 1
+        if self.taken >= 0:
+            raise zmq.ZMQError(errno.EADDRINUSE)
+        self.done.append("open")
+
+    def unbind(self, address):
+        self.done.append("shut")
+
+    def getsockopt_string(self, option):
+        return "tcp://127.0.0.1:5"
+
+
+def test_a_port_is_shut_for_want_of_memory_and_opened_whatever_is_left_in_use(caplog):
+    now, held, port = [0.0], [1000], Port()
+    door = Door(port, "tcp://127.0.0.1:0", 100, Dropped(logging.getLogger("test"), lambda: now[0]), lambda: now[0])
+    door.resident = lambda: held[0]
+
+    def later(bytes_held):
+        now[0] += 1.0
+        held[0] = bytes_held
+        door.look()
+        return port.done[-1]
+
+    door.open()
+    assert door.address == "tcp://127.0.0.1:5"
+    assert later(1100) == "open"
+    assert later(1101) == "shut"
+    port.taken = 2
+    assert [later(5000) for _ in range(3)] == ["shut", "shut", "open"]
+    assert later(5100) == "open"  # shutting has not freed it
+    assert later(5101) == "shut"
+    assert later(5101) == "open"
+    assert later(900) == "open"
+    assert later(1101) == "shut"  # freed by now, so the limit is the old one
+    door.not_accepted(errno.EMFILE)  # from before it was shut
+    assert later(1000) == "open"
+    door.not_accepted(errno.ECONNABORTED)
+    assert port.done.count("shut") == 3
+    door.not_accepted(errno.EMFILE)
+    assert port.done.count("shut") == 4
+    door.close()
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "closed all connections", "cannot listen on tcp", "closed all connections",
+    ]  # fmt: skip
 
 
 def test_a_gigabyte_from_what_should_be_a_scheduler():

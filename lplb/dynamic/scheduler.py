@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lplb.arguments import whole_number
 from lplb.dynamic import planning, wire
+from lplb.dynamic.door import Door
 from lplb.dynamic.dropped import Dropped
 from lplb.dynamic.flags import Flags
 from lplb.dynamic.keys import KEY_VARIABLE, Keys, address_of, is_loopback, key_from, numeric, require_packages
@@ -33,7 +34,8 @@ __all__ = ["Flags", "Scheduler"]
 
 _log = logging.getLogger(__name__)
 
-_HANDSHAKE_MS, _HEARTBEAT_MS, _LOST_MS = 5000, 2000, 10_000
+_HANDSHAKE_MS, _HEARTBEAT_MS, _LOST_MS = 2000, 2000, 10_000
+_AFTER_ERROR = 0.1  # seconds
 _STALE = 10.0  # seconds: clients ask again every second, so nobody waits any more
 _JOIN = 5.0  # seconds that an end waits for a plan under way
 _MOST_ENTRIES = 64
@@ -199,6 +201,8 @@ class Scheduler:
             ``host``\\ s that cannot be reached from other machines are allowed.
         plan: what plans.
         most_bytes: of answers kept for those who ask later.
+        most_memory: bytes by which the process may grow while it listens before all connections are closed, as
+            `lplb.dynamic.door` says; by default 256 MiB, ``most_bytes``, and 16 times the largest problem of ``flags``.
 
     Raises:
         ImportError: pyzmq or msgpack is missing.
@@ -214,6 +218,7 @@ class Scheduler:
         auth_key: str | bytes | None = None,
         plan: Callable[[Problem], tuple[LayerPlan, ...]] = planning.plan,
         most_bytes: int = 2**26,
+        most_memory: int | None = None,
     ) -> None:
         """See the class; no socket yet."""
         require_packages()
@@ -230,6 +235,9 @@ class Scheduler:
         self._address = address_of(name, port)
         self._plan = plan
         self._board = _Board(most_bytes)
+        if most_memory is None:
+            most_memory = 2**28 + most_bytes + 16 * flags.most_frames * wire.MOST_FRAME_BYTES
+        self._most_memory = whole_number("most_memory", most_memory, 1, 2**63 - 1)
         self._outcomes: SimpleQueue[_Outcome] = SimpleQueue()
         self._stopped = False
         self._woken, self._waker = socket.socketpair()
@@ -266,7 +274,7 @@ class Scheduler:
         import zmq
 
         context = zmq.Context()
-        gate = None
+        gate = door = None
         router = context.socket(zmq.ROUTER)
         try:
             self._set_up(router)
@@ -276,23 +284,24 @@ class Scheduler:
                 zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
                 | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
                 | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+                | zmq.EVENT_ACCEPT_FAILED
             )
-            try:
-                router.bind(self._address)
-            except zmq.ZMQError as error:
-                raise OSError(error.errno, f"cannot listen on {self._address}: {error.strerror}") from error
-            self._address = router.getsockopt_string(zmq.LAST_ENDPOINT)
+            door = Door(router, self._address, self._most_memory, self._dropped)
+            door.open()
+            self._address = door.address
             if self._keys is None:
                 _log.warning("no %s: only this machine can ask, and every user of it can", KEY_VARIABLE)
             if ready is not None:
                 ready(self._address)
-            return self._loop(router, monitor)
+            return self._loop(router, monitor, door)
         finally:
             router.disable_monitor()
             router.close(linger=0)
             if gate is not None:
                 gate.stop()
             context.destroy(linger=0)
+            if door is not None:
+                door.close()
             self._woken.close()
             self._waker.close()
 
@@ -313,7 +322,7 @@ class Scheduler:
 
     # ---- the loop
 
-    def _loop(self, router: zmq.Socket[Any], monitor: zmq.Socket[Any]) -> bool:
+    def _loop(self, router: zmq.Socket[Any], monitor: zmq.Socket[Any], door: Door) -> bool:
         import zmq
 
         planner = _Planning(self.flags, self._plan, self._report)
@@ -322,13 +331,18 @@ class Scheduler:
             poller.register(source, zmq.POLLIN)
         try:
             while not self._stopped:
-                events = dict(poller.poll())
-                if self._woken.fileno() in events:
-                    self._drain(router)
-                if monitor in events:
-                    self._look(monitor)
-                if router in events:
-                    self._receive(router, planner)
+                try:
+                    events = dict(poller.poll(door.pause_ms))
+                    if self._woken.fileno() in events:
+                        self._drain(router)
+                    if monitor in events:
+                        self._look(monitor, door)
+                    if router in events:
+                        self._receive(router, planner)
+                    door.look()
+                except (OSError, zmq.ZMQError) as error:  # want of something that others use up is no end
+                    self._dropped.say("system", f"went on after an error: {error}")
+                    time.sleep(_AFTER_ERROR)
         finally:
             ended = planner.end()
         return ended
@@ -356,14 +370,19 @@ class Scheduler:
             for client, envelope in told:
                 self._send(router, client, envelope, answer)
 
-    def _look(self, monitor: zmq.Socket[Any]) -> None:
+    def _look(self, monitor: zmq.Socket[Any], door: Door) -> None:
         """Say that somebody did not get in."""
         import zmq
         from zmq.utils.monitor import recv_monitor_message
 
-        while monitor.poll(0, zmq.POLLIN):
-            recv_monitor_message(monitor)
-            self._dropped.say("handshake", "refused a connection: another auth key than here, or no client of lplb")
+        for _ in range(_MESSAGES_AT_ONCE):
+            if not monitor.poll(0, zmq.POLLIN):
+                return
+            seen = recv_monitor_message(monitor)
+            if seen["event"] == zmq.EVENT_ACCEPT_FAILED:
+                door.not_accepted(seen["value"])
+            else:
+                self._dropped.say("handshake", "refused a connection: another auth key than here, or no client of lplb")
 
     def _receive(self, router: zmq.Socket[Any], planner: _Planning) -> None:
         import zmq
