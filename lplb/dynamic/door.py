@@ -12,8 +12,6 @@ The memory is looked at ten times a second, so what comes in between is on top o
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import os
 import time
@@ -21,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lplb.dynamic.dropped import Dropped
+from lplb.dynamic.resident import Resident, give_back
 
 if TYPE_CHECKING:
     import zmq
@@ -57,21 +56,11 @@ class Door:
         self._shut = True
         self._first = self._base = 0
         self._due = 0.0
-        self._memory: int | None = None  # a file kept open: later there may be no descriptor for it
-        with contextlib.suppress(OSError):
-            self._memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        self._memory = Resident()
 
     def close(self) -> None:
         """Give back what is not the socket's; the port ends with that."""
-        if self._memory is not None:
-            os.close(self._memory)
-            self._memory = None
-
-    def resident(self) -> int:
-        """Bytes of memory that this process has in use, or 0 where that is not known."""
-        if self._memory is None:
-            return 0
-        return int(os.pread(self._memory, 200, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        self._memory.close()
 
     @property
     def pause_ms(self) -> int:
@@ -91,7 +80,7 @@ class Door:
         except zmq.ZMQError as error:
             raise OSError(error.errno, f"cannot listen on {self.address}: {error.strerror}") from error
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._first = self._base = self.resident()
+        self._first = self._base = self._memory.bytes()
         self._shut = False
         self._due = self._clock() + _LOOK
 
@@ -104,11 +93,11 @@ class Door:
         if self._shut:
             self._open_again()
             return
-        held = self.resident()
+        held = self._memory.bytes()
         self._base = max(self._first, min(self._base, held))
         if held - self._base > self._most_memory:  # perhaps only because the C library keeps what has been freed
-            _give_back()
-            held = self.resident()
+            give_back()
+            held = self._memory.bytes()
         if held - self._base > self._most_memory:
             self._close(
                 "memory",
@@ -130,7 +119,7 @@ class Door:
     def _open_again(self) -> None:
         import zmq
 
-        _give_back()
+        give_back()
         try:
             self._router.bind(self.address)
         except zmq.ZMQError as error:  # the old one is not closed yet, or somebody else has it now
@@ -139,13 +128,4 @@ class Door:
             return
         self._shut = False
         # What is left now is not from the connections; a limit below it would close the port for ever.
-        self._base = max(self._base, self.resident())
-
-
-def _give_back() -> None:
-    """Let the C library return to the system what has been freed, where it has a call for that."""
-    with contextlib.suppress(AttributeError, OSError):
-        _LIBC.malloc_trim(0)
-
-
-_LIBC = ctypes.CDLL(None)
+        self._base = max(self._base, self._memory.bytes())

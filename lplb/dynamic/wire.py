@@ -4,9 +4,9 @@ A message is a list of frames. The first is the envelope: who asks, for the plan
 answer repeats it. The second is a body of numbers and words; the rest are raw arrays, little-endian, one behind the
 other in an order that the kind of message fixes, with dtype and shape in the body, cut into frames of 1 MiB: a socket
 need not hold more for anybody who has not shown the key. How many frames there are is checked too, but only once the
-last one has come, for ZeroMQ shows none before: what bounds a message without end is `lplb.dynamic.door`, and in a
-client that a socket ends with its call. Envelope and body are msgpack. Nothing that is received is run, and nothing is
-used before its type, size and value have been checked: what fails is `Rubbish`.
+last one has come, for ZeroMQ shows none before: what bounds a message without end is the memory of the process, which
+scheduler and client look at (`lplb.dynamic.door`, `lplb.dynamic.client`). Envelope and body are msgpack. Nothing that
+is received is run, and nothing is used before its type, size and value have been checked: what fails is `Rubbish`.
 
     kind       body                                        arrays
     ask        -                                           -
