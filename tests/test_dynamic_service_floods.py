@@ -125,8 +125,8 @@ def test_a_frame_of_a_gigabyte_is_neither_made_room_for_nor_taken():
             assert peak(scheduler.pid) - before < 2**28
 
 
-@pytest.mark.parametrize("part", [1, 2**20])
-def test_a_message_without_end_is_cut_off_and_its_memory_given_back(part):
+@pytest.mark.parametrize(("part", "enough"), [(1, 2**27), (2**20, 2**31)])
+def test_a_message_without_end_is_cut_off_and_its_memory_given_back(part, enough):
     """Each frame is allowed; ZeroMQ keeps them all until the last, which never comes."""
     asked, most = problem(np.random.default_rng(30)), 2**26
     head = b"\x01\x01" if part == 1 else b"\x03" + struct.pack(">Q", part)
@@ -137,7 +137,7 @@ def test_a_message_without_end_is_cut_off_and_its_memory_given_back(part):
         for _ in range(2):
             with socket.create_connection(host_and_port(address), PATIENCE) as sock:
                 greet(sock, [greeting(b"NULL"), ready(b"DEALER")])
-                assert swallowed(sock, 2**31, parts) < 2**31
+                assert swallowed(sock, enough, parts) < enough
                 wait_until(lambda: memory(scheduler.pid, "VmRSS") - before < most)
                 assert ask(address, asked, 1) == mirrored(asked)
         assert scheduler.poll() is None
@@ -149,7 +149,7 @@ def test_more_connections_than_files(key):
     asked = problem(np.random.default_rng(31))
     with process(key=key, files=64) as (scheduler, address), contextlib.ExitStack() as stack:
         assert ask(address, asked, auth_key=key) == mirrored(asked)
-        for pieces in [[], [greeting(b"PLAIN")]] * 75:
+        for pieces in [[]] * 150 + [[greeting(b"PLAIN")]] * 10:
             with contextlib.suppress(OSError):  # closed for a moment, when there are too many
                 scan = stack.enter_context(socket.create_connection(host_and_port(address), PATIENCE))
                 for piece in pieces:
