@@ -8,6 +8,7 @@ Python has come so far, a second or two, ``--auth_key`` is to be seen; ``EPLB_AU
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from lplb.arguments import whole_number
 from lplb.dynamic.keys import KEY_VARIABLE, checked_key
 
 if TYPE_CHECKING:
@@ -51,13 +53,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         flags = Flags(**{name: getattr(arguments, name) for name in names})
         key = _key(keys, getattr(arguments, "auth_key_fd", None))
-        scheduler = Scheduler(flags, host=arguments.host, port=arguments.port, auth_key=key)
+        most = getattr(arguments, "max_memory", None)
+        scheduler = Scheduler(
+            flags,
+            host=arguments.host,
+            port=arguments.port,
+            auth_key=key,
+            most_memory=None if most is None else whole_number("max_memory", most, 1, 2**40) << 20,
+        )
     except ImportError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except (TypeError, ValueError) as error:
         parser.error(str(error))
+    _raise_limit_of_files()
     return _run(parser.prog, scheduler)
+
+
+def _raise_limit_of_files() -> None:
+    """Allow as many connections as the system lets this process have."""
+    try:
+        import resource
+    except ImportError:  # not POSIX
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems have a lower one yet
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _run(name: str, scheduler: Scheduler) -> int:
@@ -97,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--redundant", type=int, default=0, help="spare slots on each rank")
     parser.add_argument("--mode", default="A2A", help="A2A, AG or EX")
     parser.add_argument(
+        "--max_memory",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="MIB",
+        help="by how much the process may grow before it closes all connections (default: by the other flags)",
+    )
+    parser.add_argument(
         "--auth_key",
         default=argparse.SUPPRESS,
         help=f"what clients must have too; the environment's {KEY_VARIABLE} is better kept",
@@ -133,6 +161,8 @@ def _key(keys: Sequence[str], fd: int | None) -> bytes | None:
         return checked_key(keys[-1])
     if fd is None:
         return None
+    if not 0 <= fd < 2**31:  # a C int; Python's own errors name no option
+        raise ValueError(f"auth_key_fd is {fd}, allowed is a file open for reading, 0 to 2**31 - 1")
     try:
         with open(fd, "rb") as file:
             key = file.read(_MOST_KEY_BYTES)

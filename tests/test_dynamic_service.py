@@ -190,6 +190,37 @@ def test_too_many_problems_are_put_off_not_kept():
         assert [future.result(PATIENCE) for future in asking] == [mirrored(p) for p in asked]
 
 
+def test_problems_that_wait_are_bounded_in_bytes(monkeypatch):
+    rng = np.random.default_rng(24)
+    asked = [problem(rng) for _ in range(4)]
+    monkeypatch.setattr(scheduler, "_MOST_QUEUED_BYTES", FLAGS.most_frames * wire.MOST_FRAME_BYTES)
+    with running() as server, ThreadPoolExecutor(4) as pool:
+        server.held.add(asked[0].digest())
+        asking = [pool.submit(ask, server.address, asked[0], model="planned")]
+        wait_until(lambda: server.planned[asked[0].digest()] == 1)
+        asking += [pool.submit(ask, server.address, asked[1], model="waits")]
+        gives_up(server.address, asked[1], "is planning", 1, model="waits")
+        gives_up(server.address, asked[2], "too many problems", model="put off")
+        server.let_go.set()
+        assert [future.result(PATIENCE) for future in asking] == [mirrored(p) for p in asked[:2]]
+        assert ask(server.address, asked[2], model="put off") == mirrored(asked[2])
+
+
+@pytest.mark.parametrize(("worth", "level"), [(True, "INFO"), (False, "DEBUG")])
+def test_a_cycle_without_a_change_is_no_news(worth, level, caplog):
+    caplog.set_level("DEBUG", "lplb.dynamic.scheduler")
+    asked = problem(np.random.default_rng(25))
+
+    def plan(given):
+        stays = tuple(planning.LayerPlan(p, False, "stays", 1.0, 1.0, 0) for p in given.placements)
+        return mirrored(given) if worth else stays
+
+    with running(plan=plan) as server:
+        ask(server.address, asked)
+    said = [record.levelname for record in caplog.records if "layers are to change" in record.getMessage()]
+    assert said == [level]
+
+
 def test_answers_that_take_too_much_room_are_planned_again():
     rng = np.random.default_rng(6)
     asked = [problem(rng) for _ in range(3)]
@@ -344,6 +375,20 @@ def test_arguments_of_a_client_are_checked(given, kind, why, monkeypatch):
     monkeypatch.delenv("EPLB_AUTH_KEY", raising=False)
     with pytest.raises(kind, match=re.escape(why)):
         Client(**({"address": "tcp://localhost:50001", "rank": 0, "size": 4, "model": "m"} | given))
+
+
+def test_without_a_key_a_name_is_looked_up_once(monkeypatch):
+    """Whoever answers for the name later on must not get a say in where the client connects to."""
+    monkeypatch.delenv("EPLB_AUTH_KEY", raising=False)
+    looked_up = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *a, **k: looked_up("127.0.0.1" if host == "here" else host, *a, **k)
+    )
+    asked = problem(np.random.default_rng(26))
+    with running() as server, client(f"tcp://here:{server.port}") as asks:
+        assert f"tcp://127.0.0.1:{server.port}" in repr(asks)
+        monkeypatch.undo()
+        assert asks.plan(asked, 1, PATIENCE) == mirrored(asked)
 
 
 def test_a_client_may_be_told_another_machine_with_a_key():
@@ -510,6 +555,18 @@ def test_the_program_plans_until_a_signal_ends_it(number):
         assert "Traceback" not in said
 
 
+def test_the_program_allows_itself_all_the_files_that_it_may():
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = min(256, hard - 1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        with command("--max_memory", "512") as (process, _):
+            assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def visible(process):
     """What others may see of a process."""
     with open(f"/proc/{process.pid}/cmdline", "rb") as words, open(f"/proc/{process.pid}/environ", "rb") as names:
@@ -566,7 +623,10 @@ SECRET = "s3cret-s3cret"
         (["--host", "no.such.host.invalid"], "host is 'no.such.host.invalid'"),
         (["--auth_key", "s3cret"], "auth_key has 6 bytes, allowed are 8 to 1024"),
         (["--auth_key"], "auth_key has 0 bytes"),
-        (["--auth_key_fd", "999"], "auth_key_fd is 999"),
+        (["--max_memory", "0"], "max_memory is 0, allowed is 1 to"),
+        (["--auth_key_fd", "999"], "auth_key_fd is 999, allowed is a file open for reading"),
+        (["--auth_key_fd", "-1"], "auth_key_fd is -1, allowed is a file open for reading"),
+        (["--auth_key_fd", "99999999999999"], "auth_key_fd is 99999999999999, allowed is a file open for reading"),
         (["--authkey", SECRET, "--mode", "B2B"], "mode is 'B2B'"),
         (["--key", SECRET], "unknown: --key"), ([f"--key={SECRET}"], "unknown: --key"),
         ([SECRET], "unknown: 1 words"),

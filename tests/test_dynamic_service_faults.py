@@ -6,7 +6,6 @@ import pickle
 import random
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -27,21 +26,26 @@ from lplb.dynamic.keys import Keys
 
 
 PROGRAM = """
-import sys, time
+import resource, sys, time
 sys.path[:0] = {path!r}
 from test_dynamic_service import FLAGS, mirrored
 from lplb.dynamic.scheduler import Scheduler
 def plan(problem):
     time.sleep({seconds})
     return mirrored(problem)
-Scheduler(FLAGS, port={port}, auth_key={key!r}, plan=plan).serve(lambda address: print(address, flush=True))
+if {files}:
+    resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))
+scheduler = Scheduler(FLAGS, port={port}, auth_key={key!r}, plan=plan, most_memory={memory})
+scheduler.serve(lambda address: print(address, flush=True))
 """
 
 
 @contextlib.contextmanager
-def process(seconds=0.0, port=0, key=None):
-    """A scheduler that may be killed, and its address."""
-    program = PROGRAM.format(path=[os.path.dirname(__file__)], seconds=seconds, port=port, key=key)
+def process(seconds=0.0, port=0, key=None, files=0, memory=None):
+    """A scheduler that may be killed, with so many files at most, and its address."""
+    program = PROGRAM.format(
+        path=[os.path.dirname(__file__)], seconds=seconds, port=port, key=key, files=files, memory=memory
+    )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as started:
         try:
             yield started, started.stdout.readline().strip()
@@ -398,135 +402,6 @@ def test_without_the_gate_nobody_gets_in():
         asked = problem(np.random.default_rng(21))
         assert "no plan within" in refusal(fake.address, asked, auth_key=KEY, timeout=SHORT)
         assert not fake.asked
-
-
-# ---- a port scan, and a frame of a gigabyte
-
-
-GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00"  # ZMTP 3.0, RFC 23
-GIGABYTE = struct.pack(">Q", 2**30)
-
-
-def greeting(mechanism, as_server=False):
-    return GREETING + mechanism.ljust(20, b"\0") + bytes([as_server]) + bytes(31)
-
-
-def ready(kind):
-    command = b"\x05READY" + b"\x0bSocket-Type" + struct.pack(">I", len(kind)) + kind
-    return b"\x04" + bytes([len(command)]) + command
-
-
-def host_and_port(address):
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    return host, int(port)
-
-
-SCANS = {
-    "nothing": [],
-    "HTTP": [b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"],
-    "TLS": [bytes.fromhex("16030100f8010000f40303") + bytes(range(200))],
-    "random": [np.random.default_rng(22).bytes(4096)],
-    "half a greeting": [GREETING[:5]],
-    "another mechanism": [greeting(b"PLAIN")],
-    "an older version": [b"\xff" + bytes(8) + b"\x7f\x01\x05"],
-    "no handshake": [greeting(b"NULL")],
-    "rubbish for a handshake": [greeting(b"CURVE"), np.random.default_rng(23).bytes(300)],
-}
-
-
-@pytest.mark.parametrize("key", [None, KEY], ids=["no key", "key"])
-def test_a_port_scan(key, caplog):
-    asked = problem(np.random.default_rng(24))
-    with running(auth_key=key) as server, contextlib.ExitStack() as stack:
-        for _ in range(5):
-            for pieces in SCANS.values():
-                scan = stack.enter_context(socket.create_connection(host_and_port(server.address), PATIENCE))
-                with contextlib.suppress(OSError):
-                    for piece in pieces:
-                        scan.sendall(piece)
-        for _ in range(20):
-            socket.create_connection(host_and_port(server.address), PATIENCE).close()
-        assert ask(server.address, asked, auth_key=key) == mirrored(asked)  # with the others still connected
-    assert sum("refused a connection" in record.getMessage() for record in caplog.records) <= 1
-    assert not [record for record in caplog.records if record.levelname == "ERROR"]
-
-
-def swallowed(sock, most):
-    """How many bytes the other side takes before it hangs up."""
-    sock.settimeout(PATIENCE)
-    sent = 0
-    with contextlib.suppress(OSError):
-        while sent < most:
-            sent += sock.send(bytes(2**16))
-    return sent
-
-
-def peak(pid):
-    with open(f"/proc/{pid}/status") as status:
-        return int(next(line for line in status if line.startswith("VmPeak:")).split()[1]) * 1024
-
-
-def greet(sock, pieces):
-    """Send a greeting, wait for the other side's, and go on."""
-    sock.settimeout(PATIENCE)
-    sock.sendall(pieces[0])
-    seen = b""
-    while len(seen) < 64:
-        seen += sock.recv(4096)
-    for piece in pieces[1:]:
-        sock.sendall(piece)
-
-
-GIANTS = {
-    "a message": (None, [greeting(b"NULL"), ready(b"DEALER"), b"\x02" + GIGABYTE]),
-    "a message of many frames": (None, [greeting(b"NULL"), ready(b"DEALER"), b"\x01\x01x", b"\x03" + GIGABYTE]),
-    "a command": (None, [greeting(b"NULL"), b"\x06" + GIGABYTE]),
-    "a command before the key is shown": (KEY, [greeting(b"CURVE"), b"\x06" + GIGABYTE]),
-    "a message before the key is shown": (KEY, [greeting(b"CURVE"), b"\x02" + GIGABYTE]),
-}
-
-
-def test_a_frame_of_a_gigabyte_is_neither_made_room_for_nor_taken():
-    asked = problem(np.random.default_rng(25))
-    for key in (None, KEY):
-        with process(key=key) as (scheduler, address):
-            assert ask(address, asked, auth_key=key) == mirrored(asked)
-            before = peak(scheduler.pid)
-            for name, (its_key, pieces) in GIANTS.items():
-                if its_key == key:
-                    with socket.create_connection(host_and_port(address), PATIENCE) as sock:
-                        greet(sock, pieces)
-                        assert swallowed(sock, 2**30) < 2**26, name  # what the system's own buffers take
-            assert ask(address, asked, 1, auth_key=key) == mirrored(asked)
-            assert peak(scheduler.pid) - before < 2**28
-
-
-def test_a_gigabyte_from_what_should_be_a_scheduler():
-    asked = problem(np.random.default_rng(26))
-    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
-        port = server.getsockname()[1]
-        asking = pool.submit(refusal, f"tcp://127.0.0.1:{port}", asked, timeout=4 * SHORT)
-        server.settimeout(PATIENCE)
-        sock, _ = server.accept()
-        with sock:
-            greet(sock, [greeting(b"NULL"), ready(b"ROUTER"), b"\x02" + GIGABYTE])
-            assert swallowed(sock, 2**30) < 2**26
-        assert "no plan within" in asking.result(PATIENCE)
-
-
-def test_a_message_of_a_gigabyte_through_the_sockets_own_door():
-    """An honest socket with the key, and a frame that is larger than allowed: the connection ends, nothing else."""
-    asked = problem(np.random.default_rng(27))
-    envelope = wire.Envelope("problem", b"r" * 16, "model", 1, asked.digest(), 0, 4)
-    with running(auth_key=KEY) as server, zmq.Context() as context, context.socket(zmq.DEALER) as sends:
-        sends.linger = 0
-        Keys.of(KEY.encode()).secure_client(sends)
-        monitor = sends.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        sends.connect(server.address)
-        sends.send_multipart([envelope.pack("problem"), bytes(2**22)])
-        assert monitor.poll(1000 * PATIENCE)
-        sends.disable_monitor()
-        assert ask(server.address, asked, auth_key=KEY) == mirrored(asked)
 
 
 def test_a_plan_that_is_never_taken_is_no_error_of_the_next():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lplb import Placement
 from lplb.dynamic import keys, wire
+from lplb.dynamic.dropped import Dropped
 from lplb.dynamic.planning import LayerPlan, Problem, Settings
 
 REQUEST = bytes(range(16))
@@ -235,6 +236,8 @@ BAD_PLANS = {
     "a reason that is none": lambda p: changed(wire.encode_plans(mirrored(p)), reasons=[1, 2, 3]),
     "moves that are not said": lambda p: with_plan(p, n_moves=0),
     "moves that are not worth it": lambda p: with_plan(p, worth=False),
+    "imbalance without end": lambda p: with_plan(p, imbalance_before=float("inf")),
+    "an imbalance that is no number": lambda p: with_plan(p, imbalance_after=float("nan")),
     "imbalance below 0": lambda p: with_plan(p, imbalance_after=-1.0),
     "an expert without a slot": lambda p: with_slots(p, lambda s: np.where(s == s[0], (s[0] + 1) % 8, s)),
     "an expert that is none": lambda p: with_slots(p, lambda s: np.r_[8, s[1:]]),
@@ -248,6 +251,15 @@ def test_plans_that_do_not_fit_the_problem_are_rubbish(spoil):
     asked = problem(np.random.default_rng(8))
     with pytest.raises(wire.Rubbish):
         wire.decode_plans(message("plan", spoil(asked)), asked)
+
+
+def test_reasons_of_plans_are_made_harmless():
+    asked = problem(np.random.default_rng(11))
+    got, *others = wire.decode_plans(
+        message("plan", with_plan(asked, reason="one\nline\x1b[31m \x00\u202e two")), asked
+    )
+    assert got.reason == "one line [31m two"
+    assert [plan.reason for plan in others] == ["mirrored"] * 2
 
 
 def test_a_plan_across_groups_or_budget_is_rubbish():
@@ -305,7 +317,7 @@ def test_words_are_checked_and_made_harmless():
 
 def test_what_is_dropped_is_said_once_a_minute(caplog):
     now = [0.0]
-    dropped = wire.Dropped(logging.getLogger("test"), lambda: now[0])
+    dropped = Dropped(logging.getLogger("test"), lambda: now[0])
     for second in range(0, 121, 10):
         now[0] = float(second)
         dropped.say("one", "first kind")

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from lplb.arguments import whole_number
 from lplb.dynamic import wire
-from lplb.dynamic.keys import KEY_VARIABLE, Keys, is_loopback, key_from, require_packages
+from lplb.dynamic.dropped import Dropped
+from lplb.dynamic.keys import KEY_VARIABLE, Keys, address_of, is_loopback, key_from, numeric, require_packages
 from lplb.dynamic.planning import LayerPlan, Problem
-from lplb.dynamic.wire import Dropped, Envelope, Frames
+from lplb.dynamic.resident import Resident
+from lplb.dynamic.wire import Envelope, Frames
 
 if TYPE_CHECKING:
     import zmq
@@ -26,6 +28,8 @@ _log = logging.getLogger(__name__)
 _FIRST_RETRY, _LAST_RETRY = 0.1, 1.0  # seconds until a request is sent again; doubled each time
 _CONNECT_MS, _HEARTBEAT_MS, _LOST_MS = 2000, 1000, 5000
 _MESSAGES_AT_ONCE = 64
+_LOOK = 0.1  # seconds between two looks at the memory
+_MOST_GROWTH = 2**31  # bytes during one call; plans take a few MiB, and a message without end all there is
 
 
 class PlanUnavailable(RuntimeError):
@@ -66,11 +70,14 @@ class Client:
         self._address, host = _checked_address(address)
         require_packages()
         key = key_from(auth_key)
-        if key is None and not is_loopback(host):
-            raise ValueError(
-                f"address is {address!r}, allowed without an auth key are the loopback addresses, such as "
-                f"tcp://localhost:50001: set {KEY_VARIABLE} on the scheduler and on all ranks"
-            )
+        if key is None:  # looked up once: what is checked is what is connected to
+            host = numeric(host)
+            if not is_loopback(host):
+                raise ValueError(
+                    f"address is {address!r}, allowed without an auth key are the loopback addresses, such as "
+                    f"tcp://localhost:50001: set {KEY_VARIABLE} on the scheduler and on all ranks"
+                )
+            self._address = address_of(host, int(self._address.rpartition(":")[2]))
         self._keys = None if key is None else Keys.of(key)
         self._context: zmq.Context[Any] | None = None
         self._turn = threading.Lock()
@@ -143,7 +150,7 @@ class Client:
         body = wire.encode_problem(problem)  # on all ranks, so that all refuse what is too large
         if self._context is None:
             self._context = zmq.Context()
-        dealer, monitor = self._context.socket(zmq.DEALER), None
+        dealer, monitor, memory = self._context.socket(zmq.DEALER), None, Resident()
         try:
             self._set_up(dealer)
             monitor = dealer.get_monitor_socket(
@@ -154,13 +161,14 @@ class Client:
                 | zmq.EVENT_DISCONNECTED
             )
             dealer.connect(self._address)
-            asking = _Asking(self, dealer, monitor, problem, envelope, body if self._rank == 0 else None)
+            asking = _Asking(self, dealer, monitor, memory, problem, envelope, body if self._rank == 0 else None)
             return asking.until(deadline)
         finally:
             dealer.disable_monitor()
             dealer.close(linger=0)
             if monitor is not None:
                 monitor.close(linger=0)
+            memory.close()
 
     def _set_up(self, dealer: zmq.Socket[Any]) -> None:
         import zmq
@@ -192,6 +200,7 @@ class _Asking:
         client: Client,
         dealer: zmq.Socket[Any],
         monitor: zmq.Socket[Any],
+        memory: Resident,
         problem: Problem,
         envelope: Envelope,
         body: Frames | None,
@@ -200,6 +209,7 @@ class _Asking:
         self._problem, self._envelope, self._body = problem, envelope, body
         self._send_problem = body is not None
         self._most_frames = wire.frames_of_plans(len(problem.placements), problem.placements[0].n_physical)
+        self._memory, self._most_memory = memory, memory.bytes() + _MOST_GROWTH
         self._pause = _FIRST_RETRY
         self._connected = False
         self._news = f"nothing answers at {client._address}"
@@ -223,9 +233,14 @@ class _Asking:
             # Unsent: go on as soon as there is a connection.
             poller.register(self._dealer, zmq.POLLIN | (zmq.POLLOUT if due else 0))
             rest = max(0.0, (deadline if due else min(next_send, deadline)) - time.monotonic())
-            events = dict(poller.poll(int(1000 * min(rest, 3600.0)) + 1))
+            events = dict(poller.poll(int(1000 * min(rest, _LOOK)) + 1))
             if woken.fileno() in events:
                 raise PlanUnavailable("the client was closed")
+            if self._memory.bytes() > self._most_memory:
+                raise PlanUnavailable(
+                    f"this process has grown by more than {_MOST_GROWTH >> 20} MiB since it asked: "
+                    f"a message without end from {self._client._address}, or something else here"
+                )
             if self._monitor in events:
                 self._look()
             if events.get(self._dealer, 0) & zmq.POLLIN:

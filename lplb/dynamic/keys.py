@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     import zmq
     from zmq.auth.thread import ThreadAuthenticator
 
-__all__ = ["KEY_VARIABLE", "Keys", "checked_key", "is_loopback", "key_from", "require_packages"]
+__all__ = [
+    "KEY_VARIABLE",
+    "Keys",
+    "address_of",
+    "checked_key",
+    "is_loopback",
+    "key_from",
+    "numeric",
+    "require_packages",
+]
 
 KEY_VARIABLE = "EPLB_AUTH_KEY"
 """Environment variable that holds the auth key, MindIE's name."""
@@ -36,7 +45,7 @@ _DOMAIN = "lplb"
 
 
 def require_packages() -> None:
-    """Refuse to go on without what the service needs.
+    """Refuse to go on without what the service needs, and load all of it: later there may be no file to open it with.
 
     Raises:
         ImportError: pyzmq or msgpack is missing, or pyzmq comes without CURVE; the message says how to get them.
@@ -44,6 +53,8 @@ def require_packages() -> None:
     try:
         import msgpack  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: F401
         import zmq
+        import zmq.auth.thread
+        import zmq.utils.monitor
     except ImportError as error:
         raise ImportError(
             f'the scheduler service needs pyzmq and msgpack: pip install "lplb[service]" ({error})', name=error.name
@@ -78,17 +89,35 @@ def key_from(auth_key: str | bytes | None) -> bytes | None:
     return None if auth_key is None else checked_key(auth_key)
 
 
+def numeric(host: str) -> str:
+    """Return an address of a host, so that what is checked is what is used; IPv4 first.
+
+    Raises:
+        ValueError: the name is not known here.
+    """
+    *_, address = min(_found(host), key=lambda entry: entry[0] != socket.AF_INET)
+    return str(address[0])
+
+
+def address_of(host: str, port: int) -> str:
+    """ZeroMQ's name for a numeric address and a port."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether all addresses of a host are this machine's own, reachable from nowhere else.
 
     Raises:
         ValueError: the name is not known here.
     """
+    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in _found(host))
+
+
+def _found(host: str) -> list[Any]:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return list(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as error:
         raise ValueError(f"host is {host!r}, allowed is a name or an address known here: {error}") from error
-    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,15 +14,18 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from queue import Empty, Queue, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lplb.arguments import check_divides, whole_number
+from lplb.arguments import whole_number
 from lplb.dynamic import planning, wire
-from lplb.dynamic.keys import KEY_VARIABLE, Keys, is_loopback, key_from, require_packages
-from lplb.dynamic.planning import MODES, LayerPlan, Problem
-from lplb.dynamic.wire import Dropped, Envelope, Frames
+from lplb.dynamic.door import Door
+from lplb.dynamic.dropped import Dropped
+from lplb.dynamic.flags import Flags
+from lplb.dynamic.keys import KEY_VARIABLE, Keys, address_of, is_loopback, key_from, numeric, require_packages
+from lplb.dynamic.planning import LayerPlan, Problem
+from lplb.dynamic.wire import Envelope, Frames
 
 if TYPE_CHECKING:
     import zmq
@@ -31,92 +34,16 @@ __all__ = ["Flags", "Scheduler"]
 
 _log = logging.getLogger(__name__)
 
-_HANDSHAKE_MS, _HEARTBEAT_MS, _LOST_MS = 5000, 2000, 10_000
+_HANDSHAKE_MS, _HEARTBEAT_MS, _LOST_MS = 2000, 2000, 10_000
+_AFTER_ERROR = 0.1  # seconds
 _STALE = 10.0  # seconds: clients ask again every second, so nobody waits any more
 _JOIN = 5.0  # seconds that an end waits for a plan under way
 _MOST_ENTRIES = 64
-_MOST_QUEUED = 4  # problems in memory, beside the one that is planned
+_MOST_QUEUED, _MOST_QUEUED_BYTES = 4, 2**30  # problems in memory, beside the one that is planned
 _MESSAGES_AT_ONCE = 64  # before the loop looks at other things
-_MOST_PROBLEM_FRAMES = 2**10  # 1 GiB
 
 Key = tuple[str, int, str]
 """Model, epoch and digest: what an answer is for."""
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What a scheduler plans for, by MindIE's names and with its defaults.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: a value is not allowed.
-    """
-
-    world_size: int = 8
-    """Ranks that share the experts."""
-    expert_num: int = 32
-    """Logical experts of a layer, a multiple of ``world_size``."""
-    block_num: int = 30
-    """MoE layers; layers without experts do not count."""
-    max_move: int = 5
-    """In mode EX: most experts that are written in a cycle, in all layers together."""
-    redundant: int = 0
-    """Spare slots on each rank."""
-    mode: str = "A2A"
-    """``"A2A"``, ``"AG"`` or ``"EX"``, as `lplb.dynamic.planning.Settings`."""
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        whole_number("world_size", self.world_size, 1, wire.MOST_RANKS)
-        whole_number("expert_num", self.expert_num, 1, wire.MOST_EXPERTS)
-        whole_number("block_num", self.block_num, 1, wire.MOST_LAYERS)
-        whole_number("max_move", self.max_move, 0, 2**31 - 1)
-        check_divides("expert_num", self.expert_num, "world_size", self.world_size)
-        most = self.expert_num - self.expert_num // self.world_size  # a rank has no expert twice
-        whole_number("redundant", self.redundant, 0, most)
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}, allowed are {', '.join(MODES)}")
-        if self.most_frames > _MOST_PROBLEM_FRAMES:
-            raise ValueError(
-                f"block_num is {self.block_num}, which for {self.expert_num} experts takes messages of up to "
-                f"{self.most_frames} MiB, allowed are {_MOST_PROBLEM_FRAMES}"
-            )
-
-    @property
-    def most_frames(self) -> int:
-        """Of a message with a problem."""
-        slots = self.expert_num + self.world_size * self.redundant
-        return wire.frames_of_problem(self.block_num, self.world_size, self.expert_num, slots)
-
-    def check(self, problem: Problem) -> None:
-        """Refuse a problem that this scheduler was not started for.
-
-        Raises:
-            ValueError: it differs; the message names the flag.
-        """
-        first = problem.placements[0]
-        for flag, wanted, what, found in (
-            ("world_size", self.world_size, "ranks", first.n_ranks),
-            ("expert_num", self.expert_num, "experts in a layer", first.n_logical),
-            ("block_num", self.block_num, "MoE layers", len(problem.placements)),
-            ("redundant", self.redundant, "spare slots on a rank", _spare(problem)),
-            ("mode", self.mode, "as mode", problem.settings.mode),
-        ):
-            if wanted != found:
-                raise ValueError(f"the scheduler was started with --{flag} {wanted}, the model has {found} {what}")
-
-    def limited(self, problem: Problem) -> Problem:
-        """The problem with ``max_move`` as its limit, in mode EX."""
-        settings = problem.settings
-        if self.mode != "EX" or (settings.max_moves is not None and settings.max_moves <= self.max_move):
-            return problem
-        return replace(problem, settings=replace(settings, max_moves=self.max_move))
-
-
-def _spare(problem: Problem) -> int | str:
-    first = problem.placements[0]
-    spare, rest = divmod(first.n_physical - first.n_logical, first.n_ranks)
-    return spare if not rest else f"{first.n_physical - first.n_logical} / {first.n_ranks}"
 
 
 class _Answer(NamedTuple):
@@ -208,7 +135,11 @@ class _Planning:
 
     @property
     def full(self) -> bool:
-        return self._jobs.qsize() >= _MOST_QUEUED
+        """Whether one more of the largest that the flags allow would be too much; one is never."""
+        with self._jobs.mutex:
+            waiting = [sum(map(len, job.frames)) for job in self._jobs.queue if job is not None]
+        largest = self._flags.most_frames * wire.MOST_FRAME_BYTES
+        return len(waiting) >= _MOST_QUEUED or (bool(waiting) and sum(waiting) + largest > _MOST_QUEUED_BYTES)
 
     def put(self, job: _Job) -> None:
         self._jobs.put(job)
@@ -234,7 +165,7 @@ class _Planning:
             problem = wire.decode_problem(job.frames)
             damaged = "" if problem.digest() == job.envelope.digest else "it has another digest than it says"
         except Exception as error:
-            damaged = str(error) or type(error).__name__
+            damaged = wire.one_line(str(error)) or type(error).__name__
         if damaged:
             return _Outcome(job, _Answer("", []), damaged)
         return _Outcome(job, self._answer(job.envelope, problem), "")
@@ -244,9 +175,11 @@ class _Planning:
             self._flags.check(problem)
             began = time.monotonic()
             plans = self._plan(self._flags.limited(problem))
-            _log.info(
+            n_worth = sum(p.worth for p in plans)
+            _log.log(
+                logging.INFO if n_worth else logging.DEBUG,
                 "model %r, epoch %d: %d of %d layers are to change; planned in %.3g s",
-                envelope.model, envelope.epoch, sum(p.worth for p in plans), len(plans), time.monotonic() - began,
+                envelope.model, envelope.epoch, n_worth, len(plans), time.monotonic() - began,
             )  # fmt: skip
             return _Answer("plan", wire.encode_plans(plans))
         except (TypeError, ValueError) as error:
@@ -268,6 +201,8 @@ class Scheduler:
             ``host``\\ s that cannot be reached from other machines are allowed.
         plan: what plans.
         most_bytes: of answers kept for those who ask later.
+        most_memory: bytes by which the process may grow while it listens before all connections are closed, as
+            `lplb.dynamic.door` says; by default 256 MiB, ``most_bytes``, and 16 times the largest problem of ``flags``.
 
     Raises:
         ImportError: pyzmq or msgpack is missing.
@@ -283,6 +218,7 @@ class Scheduler:
         auth_key: str | bytes | None = None,
         plan: Callable[[Problem], tuple[LayerPlan, ...]] = planning.plan,
         most_bytes: int = 2**26,
+        most_memory: int | None = None,
     ) -> None:
         """See the class; no socket yet."""
         require_packages()
@@ -290,15 +226,18 @@ class Scheduler:
         port = whole_number("port", port, 0, 65535)
         key = key_from(auth_key)
         self._keys = None if key is None else Keys.of(key)
-        name = _numeric(host)  # looked up once: what is checked is what is listened on
+        name = numeric(host)  # looked up once: what is checked is what is listened on
         if self._keys is None and not is_loopback(name):
             raise ValueError(
                 f"host is {host!r}, allowed without an auth key are the loopback addresses, such as localhost: "
                 f"set {KEY_VARIABLE} on the scheduler and on all ranks"
             )
-        self._address = f"tcp://[{name}]:{port}" if ":" in name else f"tcp://{name}:{port}"
+        self._address = address_of(name, port)
         self._plan = plan
         self._board = _Board(most_bytes)
+        if most_memory is None:
+            most_memory = 2**28 + most_bytes + 16 * flags.most_frames * wire.MOST_FRAME_BYTES
+        self._most_memory = whole_number("most_memory", most_memory, 1, 2**63 - 1)
         self._outcomes: SimpleQueue[_Outcome] = SimpleQueue()
         self._stopped = False
         self._woken, self._waker = socket.socketpair()
@@ -335,7 +274,7 @@ class Scheduler:
         import zmq
 
         context = zmq.Context()
-        gate = None
+        gate = door = None
         router = context.socket(zmq.ROUTER)
         try:
             self._set_up(router)
@@ -345,23 +284,24 @@ class Scheduler:
                 zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
                 | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
                 | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+                | zmq.EVENT_ACCEPT_FAILED
             )
-            try:
-                router.bind(self._address)
-            except zmq.ZMQError as error:
-                raise OSError(error.errno, f"cannot listen on {self._address}: {error.strerror}") from error
-            self._address = router.getsockopt_string(zmq.LAST_ENDPOINT)
+            door = Door(router, self._address, self._most_memory, self._dropped)
+            door.open()
+            self._address = door.address
             if self._keys is None:
                 _log.warning("no %s: only this machine can ask, and every user of it can", KEY_VARIABLE)
             if ready is not None:
                 ready(self._address)
-            return self._loop(router, monitor)
+            return self._loop(router, monitor, door)
         finally:
             router.disable_monitor()
             router.close(linger=0)
             if gate is not None:
                 gate.stop()
             context.destroy(linger=0)
+            if door is not None:
+                door.close()
             self._woken.close()
             self._waker.close()
 
@@ -382,7 +322,7 @@ class Scheduler:
 
     # ---- the loop
 
-    def _loop(self, router: zmq.Socket[Any], monitor: zmq.Socket[Any]) -> bool:
+    def _loop(self, router: zmq.Socket[Any], monitor: zmq.Socket[Any], door: Door) -> bool:
         import zmq
 
         planner = _Planning(self.flags, self._plan, self._report)
@@ -391,13 +331,18 @@ class Scheduler:
             poller.register(source, zmq.POLLIN)
         try:
             while not self._stopped:
-                events = dict(poller.poll())
-                if self._woken.fileno() in events:
-                    self._drain(router)
-                if monitor in events:
-                    self._look(monitor)
-                if router in events:
-                    self._receive(router, planner)
+                try:
+                    events = dict(poller.poll(door.pause_ms))
+                    if self._woken.fileno() in events:
+                        self._drain(router)
+                    if monitor in events:
+                        self._look(monitor, door)
+                    if router in events:
+                        self._receive(router, planner)
+                    door.look()
+                except (OSError, zmq.ZMQError) as error:  # want of something that others use up is no end
+                    self._dropped.say("system", f"went on after an error: {error}")
+                    time.sleep(_AFTER_ERROR)
         finally:
             ended = planner.end()
         return ended
@@ -425,14 +370,19 @@ class Scheduler:
             for client, envelope in told:
                 self._send(router, client, envelope, answer)
 
-    def _look(self, monitor: zmq.Socket[Any]) -> None:
+    def _look(self, monitor: zmq.Socket[Any], door: Door) -> None:
         """Say that somebody did not get in."""
         import zmq
         from zmq.utils.monitor import recv_monitor_message
 
-        while monitor.poll(0, zmq.POLLIN):
-            recv_monitor_message(monitor)
-            self._dropped.say("handshake", "refused a connection: another auth key than here, or no client of lplb")
+        for _ in range(_MESSAGES_AT_ONCE):
+            if not monitor.poll(0, zmq.POLLIN):
+                return
+            seen = recv_monitor_message(monitor)
+            if seen["event"] == zmq.EVENT_ACCEPT_FAILED:
+                door.not_accepted(seen["value"])
+            else:
+                self._dropped.say("handshake", "refused a connection: another auth key than here, or no client of lplb")
 
     def _receive(self, router: zmq.Socket[Any], planner: _Planning) -> None:
         import zmq
@@ -496,13 +446,3 @@ class Scheduler:
             router.send_multipart(frames, zmq.NOBLOCK)
         except zmq.ZMQError as error:  # the client asks again, or does not care
             self._dropped.say("send", f"an answer could not be sent: {error}")
-
-
-def _numeric(host: str) -> str:
-    """The address to listen on; IPv4 first, as clients try it."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"host is {host!r}, allowed is a name or an address of this machine: {error}") from error
-    *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    return str(address[0])

@@ -3,8 +3,10 @@
 A message is a list of frames. The first is the envelope: who asks, for the plan of which model, epoch and problem; an
 answer repeats it. The second is a body of numbers and words; the rest are raw arrays, little-endian, one behind the
 other in an order that the kind of message fixes, with dtype and shape in the body, cut into frames of 1 MiB: a socket
-need not hold more for anybody who has not shown the key. Envelope and body are msgpack. Nothing that is received is
-run, and nothing is used before its type, size and value have been checked: what fails is `Rubbish`.
+need not hold more for anybody who has not shown the key. How many frames there are is checked too, but only once the
+last one has come, for ZeroMQ shows none before: what bounds a message without end is the memory of the process, which
+scheduler and client look at (`lplb.dynamic.door`, `lplb.dynamic.client`). Envelope and body are msgpack. Nothing that
+is received is run, and nothing is used before its type, size and value have been checked: what fails is `Rubbish`.
 
     kind       body                                        arrays
     ask        -                                           -
@@ -17,10 +19,8 @@ run, and nothing is used before its type, size and value have been checked: what
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -36,7 +36,6 @@ __all__ = [
     "MOST_RANKS",
     "MOST_ROWS",
     "PROTOCOL",
-    "Dropped",
     "Envelope",
     "Frames",
     "OtherProtocol",
@@ -52,6 +51,7 @@ __all__ = [
     "encode_state",
     "frames_of_plans",
     "frames_of_problem",
+    "one_line",
     "version_frame",
 ]
 
@@ -276,7 +276,7 @@ def encode_plans(plans: Sequence[LayerPlan]) -> Frames:
 
 
 def decode_plans(frames: Sequence[bytes], problem: Problem) -> tuple[LayerPlan, ...]:
-    """Return the plans of an answer, valid for the problem.
+    """Return the plans of an answer, valid for the problem, with each reason on one line.
 
     Args:
         frames: the whole message, whose envelope has been read.
@@ -284,7 +284,8 @@ def decode_plans(frames: Sequence[bytes], problem: Problem) -> tuple[LayerPlan, 
 
     Raises:
         Rubbish: it does not hold plans, or plans that are not of this problem: other sizes, an expert without a slot,
-            twice on a rank or in two groups, moves that are not what they are said to be, or more than the budget.
+            twice on a rank or in two groups, moves that are not what they are said to be, or more than the budget, an
+            imbalance that is below 0 or not finite.
     """
     body = _body(frames, {"reasons": list, "arrays": list})
     reasons, layers = body["reasons"], len(problem.placements)
@@ -301,10 +302,12 @@ def decode_plans(frames: Sequence[bytes], problem: Problem) -> tuple[LayerPlan, 
     ):
         if array.shape != shape:
             _rubbish(f"{name} has shape {list(array.shape)}, allowed is {list(shape)}")
-    if worth.max() > 1 or (imbalances < 0).any():
-        _rubbish("worth is neither 0 nor 1, or an imbalance is below 0")
+    if worth.max() > 1 or not (np.isfinite(imbalances) & (imbalances >= 0)).all():
+        _rubbish("worth is neither 0 nor 1, or an imbalance is below 0 or not finite")
     plans = tuple(
-        LayerPlan(_checked_placement(row, before, problem.settings), bool(w), reason, float(b), float(a), int(n))
+        LayerPlan(
+            _checked_placement(row, before, problem.settings), bool(w), one_line(reason), float(b), float(a), int(n)
+        )
         for row, before, w, reason, (b, a), n in zip(
             table, problem.placements, worth, reasons, imbalances, moves, strict=True
         )
@@ -370,7 +373,12 @@ def decode_reason(frames: Sequence[bytes]) -> str:
     reason: str = _body(frames, {"reason": str})["reason"]
     if len(reason) > _REASON_LENGTH:
         _rubbish(f"a reason of {len(reason)} characters, allowed are {_REASON_LENGTH}")
-    return " ".join("".join(c if c.isprintable() else " " for c in reason).split())
+    return one_line(reason)
+
+
+def one_line(text: str) -> str:
+    """What others wrote, fit for a log: a space for all that is not printed, such as ESC or the end of a line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 # ---- bodies and arrays
@@ -466,42 +474,3 @@ def _narrow(counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     """Half the bytes where the values allow it."""
     small = not counts.size or (counts.max() < 2**31 and counts.min() >= -(2**31))
     return counts.astype("<i4" if small else "<i8")
-
-
-# ---- what is dropped
-
-
-class Dropped:
-    """Says what was received and dropped: the first of a kind at once, more of it once a minute, with their number.
-
-    Args:
-        log: where to.
-        clock: seconds, for tests.
-    """
-
-    _PAUSE = 60.0  # seconds
-    _MOST_KINDS = 64  # what others send must not fill the memory
-
-    def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
-        """See the class."""
-        self._log = log
-        self._clock = clock
-        self._said: dict[str, float] = {}
-        self._since: dict[str, int] = {}
-
-    def say(self, kind: str, message: str) -> None:
-        """Count one; warn of it unless its kind was spoken of within the last minute.
-
-        Args:
-            kind: what it is counted as, one of few.
-            message: what to say.
-        """
-        now = self._clock()
-        if kind not in self._said and len(self._said) >= self._MOST_KINDS:
-            return
-        if now - self._said.get(kind, -math.inf) < self._PAUSE:
-            self._since[kind] = self._since.get(kind, 0) + 1
-            return
-        more = self._since.pop(kind, 0)
-        self._said[kind] = now
-        self._log.warning("%s%s", message, f" (and {more} more like it before)" if more else "")
