@@ -12,7 +12,7 @@ import pytest
 import test_distributed
 import torch
 import torch.distributed as dist
-from dynamic_model import Model, expected, nearby_placement, random_placement, spread, until
+from dynamic_model import Model, expected, nearby_placement, random_placement, spread, until, weights_of
 from test_distributed import PROCESSES, on_ranks
 
 from lplb import plan_change
@@ -121,11 +121,12 @@ def follow_the_loads(rank, mode):
 @pytest.mark.parametrize("mode", ["A2A", "AG", "EX"])
 def test_a_placement_follows_the_loads(tmp_path, mode):
     results = on_ranks(RANKS, tmp_path / "g", follow_the_loads, mode)
+    assert sum(stats.bytes_moved for *_, stats in results) > 0
     for swaps, gained, moved, placements, stats in results:
         assert swaps >= 1
         assert max(gained) > 0.05, gained
         assert placements == results[0][3]
-        assert stats.bytes_moved >= stats.bytes_lower_bound > 0 or stats.bytes_moved == 0
+        assert stats.bytes_moved >= stats.bytes_lower_bound
         assert sum(b == b for b in stats.balancedness) == 2
         if mode == "EX":
             assert sum(moved) <= 3 * stats.cycles
@@ -254,36 +255,37 @@ def test_a_fault_on_one_rank_is_everybodys_and_the_old_placement_serves_on(tmp_p
 
 
 def with_a_late_rank(rank):
-    """A background thread sleeps for seconds at one place after the other; forward passes go on meanwhile."""
+    """A background thread stops at one place after the other until thirty forward passes have gone by."""
     model = model_of(rank)
     rng, same = np.random.default_rng(rank), np.random.default_rng(13)
-    late = {Stage.TRANSFER: 1.5, Stage.PLAN: 1.0, Stage.COLLECT: 0.5}
-    gather = Control.gather
+    late = {Stage.COLLECT, Stage.PLAN, Stage.TRANSFER}
+    gather, point = Control.gather, model.blocks[0].dispatcher.point
+    passed = []
 
     def slow(self, stage, row):
-        if rank == 1:
-            time.sleep(late.pop(stage, 0.0))
+        if rank == 1 and stage in late:
+            late.discard(stage)
+            begin, end = point.steps, time.monotonic() + 20
+            while point.steps < begin + 30 and time.monotonic() < end:
+                time.sleep(0.001)
+            passed.append(point.steps - begin)
         return gather(self, stage, row)
 
     Control.gather = slow
-    longest = 0.0
     with Rebalancer(model, dist.group.WORLD, **quick()) as rebalancer:
         target = [random_placement(same, model.blocks[0].dispatcher.placement)]
         rebalancer.move_to(target)
         while not together(model.blocks[0].dispatcher.placement == target[0]):
-            begin = time.monotonic()
             step(model, rng, 2)
-            longest = max(longest, time.monotonic() - begin)
         stats = rebalancer.stats()
-    return longest, stats.stalls, bool(late)
+    return passed, stats.stalls
 
 
-def test_a_rank_late_by_seconds_delays_no_forward_pass(tmp_path):
+def test_a_rank_that_is_late_delays_no_forward_pass(tmp_path):
     results = on_ranks(RANKS, tmp_path / "g", with_a_late_rank)
-    assert not results[1][2], "the delays were not met"
-    for longest, stalls, _ in results:
-        assert longest < 0.5  # not a bar for speed: the delays are 3 s
-        assert stalls == 0
+    assert len(results[1][0]) == 3
+    assert min(results[1][0]) >= 30
+    assert all(stalls == 0 for _, stalls in results)
 
 
 class Answers:
@@ -498,13 +500,27 @@ def test_a_model_without_layers_is_refused():
         Rebalancer(model)
 
 
-def test_a_cycle_that_takes_long_is_in_the_log(caplog):
+def test_a_cycle_that_takes_long_is_in_the_log_once(caplog):
     model = Model(1, Placement([0, 1, 2], 1), 0)
-    with Rebalancer(model, watchdog=0.05, **quick()) as rebalancer, caplog.at_level("WARNING", "lplb.dynamic"):
-        rebalancer.move_to([Placement([2, 0, 1], 1)])  # and no forward pass comes
+    free = threading.Event()
+
+    def slow(layer, expert, into):
+        assert free.wait(20)
+        for tensor, value in zip(into, weights_of(layer, expert), strict=True):
+            tensor.copy_(value)
+
+    with (
+        Rebalancer(model, source=slow, watchdog=0.05, **quick()) as rebalancer,
+        caplog.at_level("WARNING", "lplb.dynamic"),
+    ):
+        rebalancer.move_to([Placement([2, 0, 1], 1)])
         until(lambda: caplog.records)
+        free.set()
+        until(lambda: rebalancer.progress.stage == "wait")  # and no forward pass comes
+        time.sleep(0.3)
+    assert len(caplog.records) == 1
     assert "takes more than 0.05 s" in caplog.text
-    assert "wait" in caplog.text
+    assert "transfer" in caplog.text
 
 
 def test_plans_in_place_are_those_of_plan_change():

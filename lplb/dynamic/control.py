@@ -122,7 +122,7 @@ class Control:
     def total(self, counts: torch.Tensor) -> torch.Tensor:
         """Add up int64 counts of the CPU over the ranks, in place."""
         if isinstance(self.ranks, exchange.Distributed):
-            with _names("adding up loads"):
+            with _as_lost("adding up loads"):
                 dist.all_reduce(counts, group=self.ranks.group)
         return counts
 
@@ -131,7 +131,7 @@ class Control:
         if not isinstance(self.ranks, exchange.Distributed):
             return counts[None]
         table = [torch.empty_like(counts) for _ in range(self.size)]
-        with _names("gathering loads"):
+        with _as_lost("gathering loads"):
             dist.all_gather(table, counts.contiguous(), group=self.ranks.group)
         return torch.stack(table)
 
@@ -145,7 +145,7 @@ def _words_of(error: Exception) -> str:
     return " ".join(words.split())
 
 
-class _names:
+class _as_lost:
     """What torch.distributed raises, as a lost rank."""
 
     def __init__(self, what: str) -> None:

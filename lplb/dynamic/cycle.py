@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -27,6 +28,7 @@ from lplb.weights import Moved
 
 __all__ = ["Cycle", "Layer", "Pace", "Request", "Wishes"]
 
+_log = logging.getLogger("lplb.dynamic")
 _ATTEMPTS = 8  # to agree on a step, each time twice as far ahead
 _MOST_AHEAD = 4096
 
@@ -241,25 +243,26 @@ class Cycle:
         return own + sum(staging.nbytes for staging in self._stagings)
 
     def _memory(self, come: dict[int, Arrivals]) -> dict[int, Staging]:
-        """A buffer for each layer, made when it is first needed and kept; one that is too small makes room."""
-        found: dict[int, Staging] = {}
+        """A buffer for each layer, kept from cycle to cycle while it is large enough, and the budget allows it."""
         budget = self._settings.budget()
-        for i, arriving in come.items():
-            fields, needed = self._layers[i].dispatcher.fields, len(arriving.slots)
-            free = [
-                s
-                for s in self._stagings
-                if s.released() and (s.layout, s.device) == (fields.layout, fields.device) and s not in found.values()
-            ]
-            fit = next((s for s in free if s.capacity >= needed), None)
+        free = [staging for staging in self._stagings if staging.released()]
+        found: dict[int, Staging] = {}
+        for i in sorted(come, key=lambda i: -len(come[i].slots)):
+            fields, needed = self._layers[i].dispatcher.fields, len(come[i].slots)
+            like = [s for s in free if (s.layout, s.device) == (fields.layout, fields.device)]
+            fit = next((s for s in like if s.capacity >= needed), None)
             if fit is None:
-                if free:
-                    self._stagings.remove(free[0])
-                    del free
-                usual = fields.n_slots if budget is None else min(fields.n_slots, budget)
-                fit = Staging(fields, max(usual, needed, 1))
+                for small in like[:1]:  # it makes room
+                    free.remove(small)
+                    self._stagings.remove(small)
+                usual = fields.n_slots if budget is None else budget if self._pace.layers_at_once == 1 else 0
+                fit = Staging(fields, max(min(usual, fields.n_slots), needed, 1))
                 self._stagings.append(fit)
+            else:
+                free.remove(fit)
             found[i] = fit
+        if budget is not None and sum(s.capacity for s in self._stagings) > max(budget, 1):
+            self._stagings = [s for s in self._stagings if s not in free]  # those that no layer has now
         return found
 
     def _bring(self, layer: int, come: Arrivals, at: Progress) -> None:
@@ -331,6 +334,8 @@ class Cycle:
             for i in (i for i, yes in zip(left, agreed, strict=True) if yes):
                 self._tally.swapped(epoch, 1)
                 self._tally.balanced(i, batch[i].imbalance_after)
+                if self._control.rank == 0:
+                    _log.info("epoch %d, layer %r: %s", epoch, self._layers[i].name, batch[i].reason)
             left = [i for i, yes in zip(left, agreed, strict=True) if not yes]
             if not left:
                 break

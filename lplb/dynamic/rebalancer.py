@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -82,7 +84,8 @@ class Rebalancer:
         bytes_per_second: that a rank sends or receives at most while it moves weights; ``None`` for no limit.
         ahead: steps between an agreement and its swap, to begin with; 4 or more.
         poll: seconds between two looks at what other ranks are at; up to ten times as long while nothing happens.
-        watchdog: seconds after which the log warns of a cycle that has not ended, with how far it is.
+        watchdog: seconds after which the log warns of a cycle that has not ended, with how far it is. Waiting for
+            forward passes does not count, nor what this rank holds back.
         start: ``False`` to start later, with `start`.
 
     Raises:
@@ -122,6 +125,7 @@ class Rebalancer:
     ) -> None:
         """See the class."""
         ranks = checked_ranks("group", group)
+        clients: list[Any] = []  # to be closed if another rank refuses its input
 
         def check() -> tuple[tuple[Layer, ...], Settings, Pace, Any]:
             layers = find_layers(module)
@@ -148,23 +152,37 @@ class Rebalancer:
             self._service_timeout = _above_0("service_timeout", service_timeout)
             if not (source == "peers" or callable(source) or hasattr(source, "bring")):
                 raise ValueError(f"source is {source!r}, allowed are 'peers', a Source and a function")
+            kept = min(layer.collector.window for layer in layers)
+            if whole_number("window", window, 1) > kept:
+                raise ValueError(f"window is {window}, allowed is 1 to the collectors' own, {kept}")
             pace = Pace(
-                window=whole_number("window", window, 1, min(layer.collector.window for layer in layers)),
+                window=int(window),
                 layers_at_once=whole_number("layers_at_once", layers_at_once, 1),
                 bytes_per_second=None if bytes_per_second is None else _above_0("bytes_per_second", bytes_per_second),
                 ahead=whole_number("ahead", ahead, 4, 4096),
                 poll=_above_0("poll", poll),
             )
-            return layers, settings, pace, _service_of(service, layers, ranks.rank, ranks.size)
+            if settings.max_bytes and settings.budget() == 0:
+                raise ValueError(
+                    f"max_bytes is {max_bytes}, allowed is an expert's weight or more, {settings.expert_bytes}, or 0"
+                )
+            clients.append(_service_of(service, layers, ranks.rank, ranks.size))
+            return layers, settings, pace, clients[0]
 
         def same(found: tuple[tuple[Layer, ...], Settings, Pace, Any]) -> tuple[int, int]:
             layers, settings, pace, planning = found
             what = [(name, d.placement.phy2log.tolist(), d.fields.layout) for name, d, _ in layers]
-            kinds = type(source), type(planning)
-            return exchange.fingerprint("rebalancer", what, settings, pace, self.interval, phases, kinds)
+            address = service if isinstance(service, str) else service[0] if isinstance(service, tuple) else None
+            alike = type(source), type(planning), address, self._service_timeout, self._watchdog
+            return exchange.fingerprint("rebalancer", what, settings, pace, self.interval, phases, alike)
 
         has = "other layers, placements or settings than rank 0; allowed are the same on every rank"
-        layers, settings, pace, self._service = exchange.together(ranks, check, same, has)
+        try:
+            layers, settings, pace, self._service = exchange.together(ranks, check, same, has)
+        except Exception:
+            if clients and isinstance(clients[0], Client):
+                clients[0].close()
+            raise
         self.layers = layers
         self.settings = settings
         self._pace = pace
@@ -185,7 +203,10 @@ class Rebalancer:
         for layer in layers:
             layer.dispatcher.owner = self
         self._thread: threading.Thread | None = None
+        self._asked_at: float | None = None  # when something was asked for that other ranks have not asked for
         _open.add(self)
+        if ranks.rank == 0:
+            _log.info("rebalancing %s on %d ranks, every %d rows", self.model, ranks.size, self.interval)
         if start:
             self.start()
 
@@ -239,7 +260,12 @@ class Rebalancer:
         self._wish(held=False)
 
     def trigger(self) -> None:
-        """Take a cycle as soon as every rank has asked for one, whatever the interval."""
+        """Take a cycle as soon as every rank has asked for one, whatever the interval.
+
+        Raises:
+            RuntimeError: rebalancing has ended.
+        """
+        self._refuse_closed()
         with self._wishes.changed:
             self._wishes.now += 1
             self._wishes.changed.notify_all()
@@ -252,10 +278,16 @@ class Rebalancer:
 
         Raises:
             TypeError, ValueError: they are not; on this rank only.
+            RuntimeError: rebalancing has ended.
         """
         self._ask(placements, None)
 
+    def _refuse_closed(self) -> None:
+        if self._wishes.closing or self.progress.stage in ("closed", "failed"):
+            raise RuntimeError(f"the rebalancer has {'failed' if self.progress.stage == 'failed' else 'been closed'}")
+
     def _ask(self, placements: Sequence[Placement], history: torch.Tensor | None) -> None:
+        self._refuse_closed()
         if not isinstance(placements, Sequence) or len(placements) != len(self.layers):
             raise ValueError(f"placements is {seen(placements)}, allowed are {len(self.layers)}, one per layer")
         for i, (placement, layer) in enumerate(zip(placements, self.layers, strict=True)):
@@ -339,9 +371,13 @@ class Rebalancer:
 
         Raises:
             TypeError, ValueError: it is not; on this rank only, and nothing has changed.
+            RuntimeError: rebalancing has ended.
         """
         if not isinstance(state, Mapping) or state.get("format") != _STATE or state.get("version") != _VERSION:
             raise ValueError(f"state is {seen(state)}, allowed is what state_dict() of this version returns")
+        lacking = [key for key in ("layers", "n_ranks", "phy2log", "history") if key not in state]
+        if lacking:
+            raise ValueError(f"state lacks {', '.join(lacking)}, allowed is what state_dict() returns")
         names = [layer.name for layer in self.layers]
         if state["layers"] != names:
             raise ValueError(f"state has layers {state['layers']}, allowed are {names}")
@@ -353,6 +389,8 @@ class Rebalancer:
                 f"history has shape {list(history.shape)}, allowed is [{len(names)}, rows, {n_logical}], with counts "
                 "of 0 or more"
             )
+        if not isinstance(state["phy2log"], torch.Tensor) or state["phy2log"].dim() != 2:
+            raise ValueError(f"phy2log is {seen(state['phy2log'])}, allowed is a tensor [layers, n_physical]")
         self._ask([Placement(row, state["n_ranks"], n_logical) for row in state["phy2log"]], history.cpu().clone())
 
     def _wish(self, **wishes: Any) -> None:
@@ -397,6 +435,7 @@ class Rebalancer:
         now = min(row[-3] for row in told)
         due = max(new - last for new, last in zip(clocks, cycle.clocks, strict=True)) >= self.interval
         if not (all_ask or now or due) or any(row[-1] for row in told):
+            self._tell_of_a_lone_wish(bool(request or wishes.now) and not (all_ask or now))
             wishes.wait(self._rest)
             self._rest = min(2 * self._rest, _MOST_REST * self._pace.poll)
             return True
@@ -408,10 +447,19 @@ class Rebalancer:
         self._take_cycle(clocks, request if all_ask else None)
         return True
 
+    def _tell_of_a_lone_wish(self, is_alone: bool) -> None:
+        """Once, if other ranks do not ask for what this one asks for."""
+        if not is_alone:
+            self._asked_at = None
+        elif self._asked_at is None:
+            self._asked_at = time.monotonic()
+        elif time.monotonic() - self._asked_at > self._watchdog:
+            self._asked_at = math.inf
+            _log.warning("this rank has asked for a cycle or placements, other ranks have not asked for the same")
+
     def _take_cycle(self, clocks: Sequence[int], request: Request | None) -> None:
-        alarm = threading.Timer(self._watchdog, self._warn)
-        alarm.daemon = True
-        alarm.start()
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(ended,), name="lplb-watchdog", daemon=True).start()
         try:
             self._cycle.run(clocks, request)
         except SkippedError as skipped:
@@ -424,11 +472,18 @@ class Rebalancer:
                     skipped,
                 )
         finally:
-            alarm.cancel()
+            ended.set()
         self._tally.at(Progress())
 
-    def _warn(self) -> None:
-        _log.warning("a cycle of rebalancing takes more than %g s and goes on: %s", self._watchdog, self.progress)
+    def _watch(self, ended: threading.Event) -> None:
+        """Warn once of a cycle that takes long, but not while it waits for forward passes or is held."""
+        spent = 0.0
+        while not ended.wait(self._watchdog / 8):
+            if self.progress.stage != "wait" and not self._wishes.held:
+                spent += self._watchdog / 8
+            if spent >= self._watchdog:
+                _log.warning("a cycle of rebalancing takes more than %g s: %s", self._watchdog, self.progress)
+                return
 
     def _lost(self, error: BaseException) -> None:
         """Nobody knows what the other ranks do: forward passes are told, before anything else can go wrong."""
@@ -462,12 +517,15 @@ def find_layers(module: nn.Module) -> tuple[Layer, ...]:
     for name, child in module.named_modules():
         dispatcher = getattr(child, "dispatcher", None)
         collector = getattr(child, "collector", getattr(child, "expert_load_collector", None))
-        if dispatcher is None or collector is None:
+        if dispatcher is None or (collector is None and not isinstance(dispatcher, Dispatcher)):
             continue
+        name = name or "the module"
         if not isinstance(dispatcher, Dispatcher):
             raise TypeError(f"{name}.dispatcher is {seen(dispatcher)}, allowed is an lplb.dynamic.Dispatcher")
         if not isinstance(collector, LoadCollector):
-            raise TypeError(f"the collector of {name} is {seen(collector)}, allowed is an lplb.dynamic.LoadCollector")
+            raise TypeError(
+                f"the attribute collector of {name} is {seen(collector)}, allowed is an lplb.dynamic.LoadCollector"
+            )
         found.append(Layer(name, dispatcher, collector))
     if not found:
         raise ValueError("module has no layer with the attributes dispatcher and collector, allowed is one or more")
@@ -498,6 +556,8 @@ def _model_of(layers: Sequence[Layer]) -> str:
 
 def _check_layers(layers: Sequence[Layer], rank: int, size: int, phases: Sequence[str] | None) -> None:
     first = layers[0].dispatcher.placement
+    if phases is not None and (isinstance(phases, str) or not isinstance(phases, Sequence) or not phases):
+        raise TypeError(f"phases is {phases!r}, allowed is a sequence of one or more names, or None")
     for name, dispatcher, collector in layers:
         placement = dispatcher.placement
         if placement.n_ranks != size:

@@ -83,6 +83,7 @@ class Tally:
         self._lock = threading.Lock()
         self._stats = Stats(tuple(layers), (math.nan,) * len(layers), 0)
         self._skipped: Counter[str] = Counter()
+        self._told: set[str] = set()  # kinds of reasons since the last swap
         self._swapped = time.monotonic()
         self._progress = Progress()
 
@@ -133,9 +134,10 @@ class Tally:
             self._stats = replace(self._stats, balancedness=tuple(known))
 
     def skip(self, kind: str, reason: str) -> bool:
-        """Count a cycle that ended early; return whether it is the first in a row for this kind of reason."""
+        """Count a cycle that ended early; return whether it is the first of this kind since the last swap."""
         with self._lock:
-            news = not self._stats.last_reason.startswith(f"{kind}: ")
+            news = kind not in self._told
+            self._told.add(kind)
             self._skipped[kind] += 1
             self._stats = replace(self._stats, last_reason=f"{kind}: {reason}")
             return news
@@ -144,4 +146,5 @@ class Tally:
         """Count swaps that all ranks have agreed on."""
         with self._lock:
             self._swapped = time.monotonic()
+            self._told.clear()
             self._stats = replace(self._stats, epoch=epoch, swaps=self._stats.swaps + layers, last_reason="")
