@@ -57,6 +57,21 @@ def real_number(name: str, value: object) -> float:
     return float(value)
 
 
+def checked_device(device: torch.device | str | int) -> torch.device:
+    """Return a device with its number.
+
+    Raises:
+        ValueError: torch has no such device here, or its tensors have no values.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}, allowed is one that torch has: {error}") from error
+    if found.type == "meta":
+        raise ValueError("device is 'meta', allowed is one whose tensors have values")
+    return found
+
+
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     """Refuse a tensor that is not where the planner is."""
     if tensor.device != device:

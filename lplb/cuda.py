@@ -106,7 +106,7 @@ class Backend:
             )
         self._device = device
         self._n_logical = n_logical = max(rules.phy2log) + 1
-        self._strict = _strict()
+        self._strict = strict()
         properties = torch.cuda.get_device_properties(device)
         self._sms = properties.multi_processor_count
         self._planner = _C.CudaPlanner(
@@ -404,7 +404,7 @@ def _address_and_bytes(counter: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if counter is None else (counter.data_ptr(), counter.element_size())
 
 
-def _strict() -> bool:
+def strict() -> bool:
     """Whether indices outside are errors: LPLB_CHECK in the environment."""
     value = os.environ.get("LPLB_CHECK") or "0"
     if value not in ("0", "1"):

@@ -1,6 +1,8 @@
 """The collector of loads: every row is what NumPy counts, whoever reads it and when."""
 
 import contextlib
+import copy
+import pickle
 import sys
 import threading
 import time
@@ -811,6 +813,12 @@ def test_streams_are_put_in_order(pretended):
     side = collector._window._side
     assert side.waited_for == [collector._window._end]
     assert other.waited_for == [7]  # the reader's stream waits, none for it
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_collector_is_neither_copied_nor_pickled(duplicate):
+    with pytest.raises(TypeError, match=r"a LoadCollector was copied or pickled, allowed is its state_dict\(\)"):
+        duplicate(LoadCollector(N_LOGICAL))
 
 
 @gpu

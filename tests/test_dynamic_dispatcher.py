@@ -1,7 +1,9 @@
 """The dispatcher of a layer: swaps and maps of many simulated ranks, permutations, the planner that follows."""
 
 import contextlib
+import copy
 import dataclasses
+import pickle
 import random
 from collections import Counter
 from functools import partial
@@ -422,6 +424,14 @@ def test_refused_arguments():
         Dispatcher(placement, good, 0, planner=3)
     with pytest.raises(ValueError, match="planner has another placement"):
         Dispatcher(placement, good, 0, planner=Planner.from_placement(Placement([0, 1, 0, 2], 2)))
+    for device in ("foo", "meta") if torch.cuda.is_available() else ("foo", "meta", "cuda"):
+        with pytest.raises(ValueError, match=f"device is '{device}', allowed is one"):
+            Dispatcher(placement, good, 0, device=device)
+    one = [torch.zeros(3), torch.zeros(3)]
+    for twice in ([good[0], good[0]], [one, [torch.zeros(3), one[1]]], [one, one[::-1]]):
+        with pytest.raises(ValueError, match=r"weights\[1\] has slot . in the memory of slot . of weights\[0\]"):
+            Dispatcher(placement, twice, 0)
+    Dispatcher(placement, good[0].split(1, dim=1), 0)  # parts of one tensor that have nothing in common
     with pytest.raises(ValueError, match="ranks_per_node is 0, allowed is 1 or more"):
         Dispatcher(placement, good, 0, ranks_per_node=0)
     dispatcher = Dispatcher(placement, good, 0)
@@ -439,6 +449,18 @@ def test_refused_arguments():
             dispatcher.stage(*arguments)
     assert staging.released()
     dispatcher.stage(after, staging, 1)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_dispatcher_is_neither_copied_nor_pickled(duplicate):
+    dispatcher = Dispatcher(Placement([0, 1], 1), [torch.zeros(2, 3)], 0)
+    with pytest.raises(TypeError, match=r"a Dispatcher was copied or pickled, allowed is .* state_dict\(\)"):
+        duplicate(dispatcher)
+    module = torch.nn.Linear(1, 1)
+    module.dispatcher = dispatcher
+    if duplicate is not copy.copy:
+        with pytest.raises(TypeError, match="a Dispatcher was copied or pickled"):
+            duplicate(module)
 
 
 def test_staging_without_memory():
@@ -464,6 +486,11 @@ def test_another_placement_is_adopted_with_its_weights():
     dispatcher.unstage()
     with pytest.raises(ValueError, match="n_ranks 1, allowed is 2"):
         dispatcher.adopt(Placement([0, 1, 2, 3], 1), 5)
+    assert (dispatcher.placement, dispatcher.epoch, planner.placement) == (before, 0, before)
+    dispatcher.owner = object()
+    with pytest.raises(RuntimeError, match=r"a Rebalancer has the dispatcher, allowed is after its close\(\)"):
+        dispatcher.adopt(after, 5)
+    dispatcher.owner = None
     assert (dispatcher.placement, dispatcher.epoch, planner.placement) == (before, 0, before)
     dispatcher.adopt(after, 5)
     assert (dispatcher.placement, dispatcher.epoch, planner.placement) == (after, 5, after)

@@ -12,6 +12,7 @@ from test_distributed import on_ranks
 from torch import nn
 
 from lplb import Placement
+from lplb.compat.mindie import dispatcher as module
 from lplb.compat.mindie.collector import ExpertLoadCollector
 from lplb.compat.mindie.dispatcher import DynamicDispatcher, first_placement
 from lplb.compat.mindie.task_manager import construct_expert_info_transfer_pool
@@ -302,6 +303,14 @@ def test_a_device_number_wants_an_accelerator():
         construct_expert_info_transfer_pool(module=nn.Module(), rank_in_group=0, ip=None, device=0)
 
 
+def test_a_device_that_torch_has_not_is_refused():
+    for device in ("foo", "cpu:x"):
+        with pytest.raises(ValueError, match=f"device is '{device}', allowed is one that torch has"):
+            construct_expert_info_transfer_pool(nn.Module(), 0, device, None)
+        with pytest.raises(ValueError, match=f"device is '{device}', allowed is one that torch has"):
+            DynamicDispatcher(EXPERTS, *complete_weights(0), 0, 1, device=device)
+
+
 # ---- one process
 
 
@@ -313,7 +322,7 @@ def one_rank(redundant=0):
 
 
 def test_exit_ends_and_other_instructions_are_refused():
-    worker, queue = construct_expert_info_transfer_pool(module=one_rank(), rank_in_group=0, ip=None)
+    worker, queue = construct_expert_info_transfer_pool(one_rank(), 0, "cpu", None, None, None)  # by position too
     assert worker.is_alive()
     worker.join(0.01)  # nobody has said exit
     with pytest.raises(ValueError, match="item is 'profile', allowed are 'exit' and None"):
@@ -389,12 +398,13 @@ def test_odd_arguments_are_refused(given, error, says):
         DynamicDispatcher(**{**usual, **given})
 
 
-def test_another_device_only_before_the_first_pass():
+def test_another_device_only_before_the_first_pass(monkeypatch):
     dispatcher = DynamicDispatcher(EXPERTS, *complete_weights(0), 0, 2)
     assert dispatcher.to(None) is dispatcher.to("cpu") is dispatcher
     dispatcher.check_consistency()
+    monkeypatch.setattr(module, "checked_device", torch.device)
     with pytest.raises(RuntimeError, match="allowed is another device only before the first forward pass"):
-        dispatcher.to("meta")
+        dispatcher.to("cuda")
 
 
 def test_the_collector_tells_what_is_new():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lplb import exchange, files
-from lplb.arguments import real_number, seen, whole_number
-from lplb.cuda import _strict
+from lplb.arguments import checked_device, real_number, seen, whole_number
+from lplb.cuda import strict
 from lplb.dynamic import ops
 from lplb.dynamic.window import Ring, Window, window_for
 from lplb.exchange import EarlierFault, Exchange
@@ -72,19 +72,30 @@ class LoadCollector:
         self._ranges = [steps for steps in self._steps.values() if steps is not None]
         self._numbers = {name: number for number, name in enumerate(self.phases)}
         self._n_rows = max(2 * self.window, self.window + _LEAST_SPARE)
-        self._strict = _strict()
+        self._strict = strict()
         most = files.MOST_VALUES // (len(self.phases) * self.n_logical)
         if self._n_rows > most:
             raise ValueError(
                 f"window is {window}, allowed for {len(self.phases)} phases of {n_logical} experts are "
                 f"{max(0, min(most // 2, most - _LEAST_SPARE))} rows"
             )
-        self._device = None if device is None else _checked_device(device)
+        self._device = None if device is None else checked_device(device)
         self._window = self._new_window(self._device or torch.device("cpu"))
         self._collected = 0  # of the open row
         self._handle = ops.handle_of(self)
         with torch.inference_mode(False):
             self._token = torch.zeros(1, device="cpu")  # see lplb.dynamic.ops
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be copied and pickled.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "a LoadCollector was copied or pickled, allowed is its state_dict(), for another one to load: a copy would "
+            "count apart from then on"
+        )
 
     def _new_window(self, device: torch.device) -> Window:
         return window_for(device, self.n_logical, len(self.phases), self._n_rows)
@@ -429,14 +440,3 @@ def _checked_steps(phases: Sequence[str] | Mapping[str, range] | None) -> dict[s
         if second.start < first.stop:
             raise ValueError(f"phases {before!r} and {after!r} have steps {first} and {second}, allowed is no overlap")
     return dict(steps)
-
-
-def _checked_device(device: torch.device | str) -> torch.device:
-    """Return the device with its number."""
-    try:
-        found = torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {device!r}, allowed is one that torch has: {error}") from error
-    if found.type == "meta":
-        raise ValueError("device is 'meta', allowed is one whose tensors have values")
-    return found

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
-from lplb.arguments import seen, whole_number
+from lplb.arguments import checked_device, seen, whole_number
 from lplb.dynamic.commit import SwapPoint
 from lplb.dynamic.maps import Maps, tables
 from lplb.dynamic.staging import Staging, arrivals
@@ -125,6 +125,7 @@ class Dispatcher:
                 f"weights has {self.fields.n_slots} slots, allowed is as many as the placement has on a rank, "
                 f"{placement.slots_per_rank}"
             )
+        _check_apart(self.fields)
         _check_planner(planner, placement)
         if ranks_per_node is None:
             by_devices = torch.cuda.device_count() or min(8, placement.n_ranks)
@@ -138,7 +139,7 @@ class Dispatcher:
         self.local_expert_list = self._experts_of(placement)
         self._inference = any(tensor.is_inference() for field in self.fields.fields for tensor in holders(field))
 
-        where = self.fields.device if device is None else torch.empty(0, device=device).device
+        where = self.fields.device if device is None else checked_device(device)
         if where.type == "cuda" and self.fields.device not in (where, torch.device("cpu")):
             raise ValueError(
                 f"device is {str(where)!r}, allowed is where the weights are, {str(self.fields.device)!r}, or the CPU"
@@ -157,6 +158,17 @@ class Dispatcher:
         self.phy2log, self.log2phy, self.logcnt = self._maps.phy2log, self._maps.log2phy, self._maps.logcnt
         self._staged: _Staged | None = None
         self._permutations: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be copied and pickled.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} was copied or pickled, allowed is to make another of the copy's weights and this "
+            "placement; what to save are the model's state_dict() and Rebalancer.state_dict()"
+        )
 
     @property
     def n_logical(self) -> int:
@@ -259,14 +271,24 @@ class Dispatcher:
 
         Local, between two forward passes; call it on every rank. On CUDA the host waits for the current stream.
 
+        Refused while a `lplb.dynamic.Rebalancer` has the dispatcher, whatever that is at: a transfer may have read the
+        slots before they were loaded, and ranks that adopt at other moments of a cycle would go on by two placements.
+        Close it before the slots are written, and make another behind it; or let it move experts itself, by
+        `Rebalancer.move_to`.
+
         Args:
             placement: of the sizes of the live one.
             epoch: of the cycle that it is from.
 
         Raises:
             TypeError, ValueError: an argument is not allowed.
-            RuntimeError: another placement is staged.
+            RuntimeError: a Rebalancer has the dispatcher, or another placement is staged; nothing has changed.
         """
+        if self.owner is not None:
+            raise RuntimeError(
+                "adopt was called while a Rebalancer has the dispatcher, allowed is after its close(); Rebalancer."
+                "move_to moves experts while it runs"
+            )
         if self._staged is not None:
             raise RuntimeError(f"epoch {self._staged.epoch} is staged, allowed is while nothing is; see unstage()")
         check_sizes("placement", placement, self.placement)
@@ -314,9 +336,8 @@ class Dispatcher:
         if dtype is None:
             dtype = torch.float32 if scores is None else scores.dtype
         if device is None:
-            where = self.device if scores is None else scores.device
-        else:
-            where = torch.empty(0, device=device).device
+            device = self.device if scores is None else scores.device
+        where = checked_device(device)
         found = self._permutations.get((dtype, where))
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -425,6 +446,21 @@ def check_sizes(name: str, placement: Placement, live: Placement) -> None:
     for size in ("n_ranks", "n_physical", "n_logical"):
         if getattr(placement, size) != getattr(live, size):
             raise ValueError(f"{name} has {size} {getattr(placement, size)}, allowed is {getattr(live, size)}, as now")
+
+
+def _check_apart(fields: Fields) -> None:
+    """Refuse one tensor as two fields: it would come twice, and one of the two would never be read."""
+    places: dict[int, tuple[int, int]] = {}
+    for i, field in enumerate(fields.fields):
+        for slot in range(fields.n_slots):
+            if not field[slot].numel():
+                continue
+            other, its_slot = places.setdefault(field[slot].data_ptr(), (i, slot))
+            if other != i:
+                raise ValueError(
+                    f"weights[{i}] has slot {slot} in the memory of slot {its_slot} of weights[{other}], allowed are "
+                    "fields of their own memory"
+                )
 
 
 def _check_planner(planner: object, placement: Placement) -> None:

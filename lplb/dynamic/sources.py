@@ -388,7 +388,8 @@ class Callback:
     Args:
         function: called with the layer, the logical expert, and the tensors to write, one of each field. On CUDA the
             transfer stream is current; what it does on other streams has to be done when it returns. It runs in the
-            background thread, without autograd.
+            background thread, without autograd. Ranks meet between experts, so that one expert may take as long as the
+            process group waits for a rank, and no longer.
         rank: this rank.
     """
 

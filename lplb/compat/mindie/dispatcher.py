@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lplb.arguments import check_divides, seen, whole_number
+from lplb.arguments import check_divides, checked_device, seen, whole_number
 from lplb.compat.mindie.names import either
 from lplb.dynamic.dispatcher import Dispatcher
 from lplb.placement import Placement
@@ -86,7 +86,7 @@ class DynamicDispatcher(Dispatcher):
         placement = first_placement(n_logical, ep_size, _spare(redundant))
         rank = whole_number("rank_in_group", rank, 0, placement.n_ranks - 1)
         weights = _checked_weights("weight1", weight1, n_logical), _checked_weights("weight2", weight2, n_logical)
-        self._begin(placement, weights, rank, device, planner)
+        self._begin(placement, weights, rank, None if device is None else checked_device(device), planner)
         self.complete = weights
 
     def _begin(
@@ -109,9 +109,10 @@ class DynamicDispatcher(Dispatcher):
             device: where the slots are to be; ``None`` for where they are.
 
         Raises:
+            ValueError: torch has no such device here.
             RuntimeError: a forward pass has begun already, or the complete weights are gone.
         """
-        if device is None or torch.empty(0, device=device).device == self.fields.device:
+        if device is None or checked_device(device) == self.fields.device:
             return self
         if self.steps or self.complete is None:
             raise RuntimeError(

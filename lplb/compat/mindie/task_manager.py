@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lplb import exchange
-from lplb.arguments import seen, whole_number
+from lplb.arguments import checked_device, seen, whole_number
 from lplb.compat.mindie.dispatcher import DynamicDispatcher
 from lplb.dynamic.rebalancer import Rebalancer, find_layers
 from lplb.dynamic.sources import HostWeights
@@ -81,13 +81,13 @@ class InstructionQueue:
 
 
 def construct_expert_info_transfer_pool(
-    *,
     module: nn.Module,
     rank_in_group: int,
     device: int | str | torch.device | None = None,
-    ip: str | None,
+    ip: str | None = None,
     port: int | None = None,
     auth_key: str | None = None,
+    *,
     group: dist.ProcessGroup | None = None,
     ranks_per_node: int | None = None,
     **settings: Any,
@@ -192,7 +192,4 @@ def _checked_device(device: int | str | torch.device | None) -> torch.device | N
         return None
     if isinstance(device, int) and not torch.cuda.is_available() and not hasattr(torch, "npu"):
         raise ValueError(f"device is {device}, allowed on a machine without an accelerator are 'cpu' and None")
-    try:
-        return torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {device!r}, allowed is one that torch has: {error}") from error
+    return checked_device(device)
