@@ -25,7 +25,8 @@ from rows import Row, machine, print_table, write  # noqa: E402
 from lplb import _C, Placement, place  # noqa: E402
 from lplb.dynamic import Dispatcher, LoadCollector  # noqa: E402
 from lplb.dynamic.control import Control, SkippedError  # noqa: E402
-from lplb.dynamic.cycle import Cycle, Layer, Pace, Wishes  # noqa: E402
+from lplb.dynamic.cycle import Cycle, Pace, Wishes  # noqa: E402
+from lplb.dynamic.layers import Layer  # noqa: E402
 from lplb.dynamic.planning import Problem, Settings, plan  # noqa: E402
 from lplb.dynamic.stats import Tally  # noqa: E402
 from lplb.exchange import Local  # noqa: E402

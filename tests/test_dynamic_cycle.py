@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lplb.dynamic.collector import LoadCollector
 from lplb.dynamic.commit import SwapPoint, agreement
 from lplb.dynamic.control import Control, SkippedError, Stage
-from lplb.dynamic.cycle import Cycle, Layer, Pace, Request, Wishes
+from lplb.dynamic.cycle import Cycle, Pace, Request, Wishes
 from lplb.dynamic.dispatcher import Dispatcher
+from lplb.dynamic.layers import Layer
 from lplb.dynamic.planning import Settings
 from lplb.dynamic.stats import Tally
 from lplb.exchange import Known, LostRankError

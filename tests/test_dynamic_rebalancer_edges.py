@@ -482,7 +482,7 @@ def test_a_state_may_be_loaded_at_other_moments(tmp_path):
 def odd_states(state):
     """What is no state of this model."""
     history, slots = state["history"], state["phy2log"]
-    yield {}
+    yield from ({k: v for k, v in state.items() if k != missing} for missing in state)
     yield {**state, "history": history[0]}
     yield {**state, "history": history[..., :2]}
     yield {**state, "history": history.float()}

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from lplb.arguments import seen
-from lplb.dynamic.collector import LoadCollector
 from lplb.dynamic.commit import agreement
 from lplb.dynamic.control import Control, SkippedError, Stage
-from lplb.dynamic.dispatcher import Dispatcher, check_sizes
+from lplb.dynamic.dispatcher import check_sizes
+from lplb.dynamic.layers import Layer
 from lplb.dynamic.planning import LayerPlan, Problem, Settings
 from lplb.dynamic.sources import Source
 from lplb.dynamic.staging import Arrivals, Staging, arrivals
@@ -26,22 +26,13 @@ from lplb.exchange import LostRankError
 from lplb.placement import Placement
 from lplb.weights import Moved
 
-__all__ = ["Cycle", "Layer", "Pace", "Request", "Wishes"]
+__all__ = ["Cycle", "Pace", "Request", "Wishes"]
 
 _log = logging.getLogger("lplb.dynamic")
 _ATTEMPTS = 8  # to agree on a step, each time twice as far ahead
 _MOST_AHEAD = 4096
 
 MakePlan = Callable[[Problem, int], Sequence[LayerPlan]]
-
-
-class Layer(NamedTuple):
-    """A layer whose experts are to move."""
-
-    name: str
-    """Of the module that has both."""
-    dispatcher: Dispatcher
-    collector: LoadCollector
 
 
 @dataclass(frozen=True)
@@ -270,16 +261,19 @@ class Cycle:
         fault: Exception | None = None
         steps: Iterator[Moved] | None = None
         done = False
-        begin, moved_bytes = time.monotonic(), 0
+        begin = not_before = time.monotonic()
+        moved_bytes = 0
         while True:
             self._tally.at(at)
-            wish = [int(self._wishes.closing), int(fault is not None), int(self._wishes.held), int(done)]
+            left = not_before - time.monotonic()
+            waits = self._wishes.held or left > 0
+            wish = [int(self._wishes.closing), int(fault is not None), int(waits), int(done)]
             told = self._control.gather(Stage.TRANSFER, wish)
-            closing, failed, held = (any(row[i] for row in told) for i in range(3))
+            closing, failed, held = (any(row[i] for row in told) for i in range(3))  # or at rest, for the rate
             if closing or failed or all(row[3] for row in told):
                 break
-            if done or (held if self._source.collective else self._wishes.held):
-                self._wishes.wait(self._pace.poll)
+            if done or (held if self._source.collective else waits):
+                self._wishes.wait(min(left, self._pace.poll) if left > 0 else self._pace.poll)
                 continue
             try:
                 if steps is None:
@@ -297,7 +291,7 @@ class Cycle:
                 fault = problem
                 continue
             if self._pace.bytes_per_second is not None:
-                self._rest_until(begin + moved_bytes / self._pace.bytes_per_second)
+                not_before = begin + moved_bytes / self._pace.bytes_per_second
 
         def end() -> None:
             if fault is not None:
@@ -308,10 +302,6 @@ class Cycle:
         if isinstance(steps, Generator):
             steps.close()
         self._control.together(Stage.TRANSFER, "transfer", end)
-
-    def _rest_until(self, moment: float) -> None:
-        while not self._wishes.closing and (left := moment - time.monotonic()) > 0:
-            self._wishes.wait(left)
 
     # ---- commit
 

@@ -20,17 +20,17 @@ from torch import nn
 from lplb import exchange
 from lplb.arguments import real_number, seen, whole_number
 from lplb.dynamic.client import Client
-from lplb.dynamic.collector import LoadCollector
 from lplb.dynamic.control import Control, SkippedError, Stage
-from lplb.dynamic.cycle import Cycle, Layer, MakePlan, Pace, Request, Wishes
-from lplb.dynamic.dispatcher import Dispatcher, check_sizes
+from lplb.dynamic.cycle import Cycle, MakePlan, Pace, Request, Wishes
+from lplb.dynamic.dispatcher import check_sizes
+from lplb.dynamic.layers import Layer, check_layers, find_layers
 from lplb.dynamic.planning import Problem, Settings, plan
 from lplb.dynamic.sources import Callback, Peers, Source
 from lplb.dynamic.stats import Progress, Stats, Tally
 from lplb.placement import Placement
 from lplb.weights.links import checked_ranks
 
-__all__ = ["Rebalancer", "find_layers"]
+__all__ = ["Rebalancer"]
 
 _log = logging.getLogger("lplb.dynamic")
 _STATE, _VERSION = "lplb.rebalancer", 1
@@ -129,7 +129,7 @@ class Rebalancer:
 
         def check() -> tuple[tuple[Layer, ...], Settings, Pace, Any]:
             layers = find_layers(module)
-            _check_layers(layers, ranks.rank, ranks.size, phases)
+            check_layers(layers, ranks.rank, ranks.size, phases)
             settings = Settings(
                 mode=mode,
                 policy=policy,
@@ -504,40 +504,6 @@ def _close_all() -> None:
         rebalancer.close(_AT_EXIT)
 
 
-def find_layers(module: nn.Module) -> tuple[Layer, ...]:
-    """Return the layers of a model that carry a dispatcher and a collector, in the order of ``named_modules``.
-
-    Raises:
-        TypeError: ``module`` is no module, or an attribute of these names is something else.
-        ValueError: there is none, or two layers share one dispatcher or collector.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module is {seen(module)}, allowed is a torch.nn.Module")
-    found = []
-    for name, child in module.named_modules():
-        dispatcher = getattr(child, "dispatcher", None)
-        collector = getattr(child, "collector", getattr(child, "expert_load_collector", None))
-        if dispatcher is None or (collector is None and not isinstance(dispatcher, Dispatcher)):
-            continue
-        name = name or "the module"
-        if not isinstance(dispatcher, Dispatcher):
-            raise TypeError(f"{name}.dispatcher is {seen(dispatcher)}, allowed is an lplb.dynamic.Dispatcher")
-        if not isinstance(collector, LoadCollector):
-            raise TypeError(
-                f"the attribute collector of {name} is {seen(collector)}, allowed is an lplb.dynamic.LoadCollector"
-            )
-        found.append(Layer(name, dispatcher, collector))
-    if not found:
-        raise ValueError("module has no layer with the attributes dispatcher and collector, allowed is one or more")
-    for part in ("dispatcher", "collector"):
-        owners: dict[int, str] = {}
-        for layer in found:
-            first = owners.setdefault(id(getattr(layer, part)), layer.name)
-            if first != layer.name:
-                raise ValueError(f"{layer.name} and {first} have one {part}, allowed is one for each layer")
-    return tuple(found)
-
-
 def _service_of(service: Any, layers: Sequence[Layer], rank: int, size: int) -> Any:
     """A client, or what is given in its place."""
     if service is None or hasattr(service, "plan"):
@@ -552,41 +518,6 @@ def _model_of(layers: Sequence[Layer]) -> str:
     what = [(name, d.n_logical, d.placement.n_physical, d.fields.layout.nbytes) for name, d, _ in layers]
     first, second = exchange.fingerprint(what)
     return f"{len(layers)} layers of {layers[0].dispatcher.n_logical} experts, {first:08x}{second:08x}"
-
-
-def _check_layers(layers: Sequence[Layer], rank: int, size: int, phases: Sequence[str] | None) -> None:
-    first = layers[0].dispatcher.placement
-    if phases is not None and (isinstance(phases, str) or not isinstance(phases, Sequence) or not phases):
-        raise TypeError(f"phases is {phases!r}, allowed is a sequence of one or more names, or None")
-    for name, dispatcher, collector in layers:
-        placement = dispatcher.placement
-        if placement.n_ranks != size:
-            raise ValueError(
-                f"{name} has a placement on {placement.n_ranks} ranks, allowed is the group's size, {size}"
-            )
-        if dispatcher.owner is not None:
-            raise ValueError(f"the dispatcher of {name} has a Rebalancer, allowed is one at a time: close that first")
-        if dispatcher.rank != rank:
-            raise ValueError(f"{name} has a dispatcher of rank {dispatcher.rank}, allowed is this rank, {rank}")
-        if _sizes(placement) != _sizes(first):
-            raise ValueError(f"{name} has {placement!r}, allowed are the sizes of {layers[0].name}, {first!r}")
-        if dispatcher.fields.layout.nbytes != layers[0].dispatcher.fields.layout.nbytes:
-            raise ValueError(
-                f"{name} has experts of {dispatcher.fields.layout.nbytes} bytes, allowed are those of "
-                f"{layers[0].name}, {layers[0].dispatcher.fields.layout.nbytes}"
-            )
-        if collector.n_logical != placement.n_logical:
-            raise ValueError(
-                f"{name} collects loads of {collector.n_logical} experts, allowed is its placement's number, "
-                f"{placement.n_logical}"
-            )
-        unknown = [phase for phase in phases or () if phase not in collector.phases]
-        if unknown:
-            raise ValueError(f"phases has {unknown[0]!r}, allowed for {name} are {', '.join(collector.phases)}")
-
-
-def _sizes(placement: Placement) -> tuple[int, int, int]:
-    return placement.n_ranks, placement.n_physical, placement.n_logical
 
 
 def _above_0(name: str, value: object) -> float:

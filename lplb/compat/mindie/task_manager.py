@@ -13,7 +13,8 @@ from torch import nn
 from lplb import exchange
 from lplb.arguments import checked_device, seen, whole_number
 from lplb.compat.mindie.dispatcher import DynamicDispatcher
-from lplb.dynamic.rebalancer import Rebalancer, find_layers
+from lplb.dynamic.layers import find_layers
+from lplb.dynamic.rebalancer import Rebalancer
 from lplb.dynamic.sources import HostWeights
 from lplb.weights.links import checked_ranks
 
