@@ -66,7 +66,7 @@ def test_it_shows_the_same_image_four_times(tmp_path):
         assert found[name][-1] == "the same"
     for name in ("dynamic", "dynamic + LP"):
         moved, at_least = (int(cell.removesuffix(" KiB").replace(",", "")) for cell in found[name][2:4])
-        assert moved <= at_least  # the last transfer may have been under way
+        assert moved >= at_least  # a transfer may have been given up
     assert ended(group)
 
 
