@@ -535,7 +535,7 @@ def one_layer_sleeps(rank):
         until(lambda: together(first.placement == target[0]), step=lambda: forward(first))
         for _ in range(20):
             forward(first)
-        until(lambda: rebalancer.progress.stage == "wait")
+        until(lambda: together(rebalancer.progress.stage == "wait"))
         assert live(model) == [target[0], before[1]]
     until(lambda: together(second.placement == target[1]), step=lambda: forward(second))  # it was agreed on
     for _ in range(5):
