@@ -82,6 +82,7 @@ def exact_while_swapping(rank, n_swaps, n_layers):
             steps += 1
             time.sleep(delays.choice(DELAYS))
         stats = rebalancer.stats()
+        dist.barrier()  # no rank closes before all have looked
     until(lambda: not any(b.dispatcher.point.pending for b in model.blocks), step=lambda: step(model, rng, 3))
     model.check_slots()
     return stats.swaps, stats.skipped, steps, [b.dispatcher.placement.phy2log.tolist() for b in model.blocks]
@@ -111,6 +112,7 @@ def follow_the_loads(rank, mode):
             if together(rebalancer.stats().swaps >= 2 or rebalancer.stats().cycles > 8):
                 break
         stats = rebalancer.stats()
+        dist.barrier()  # no rank closes before all have looked
     after = [b.dispatcher.placement for b in model.blocks]
     model.check_slots()
     gained = [float(imbalance(b, weight) - imbalance(a, weight)) for b, a in zip(before, after, strict=True)]
@@ -140,7 +142,9 @@ def count_noise(rank):
         while not together(rebalancer.stats().cycles >= 6 and rebalancer.stats().stage == "idle"):
             own.dispatcher.check_consistency()
             own.collector.collect(counts=torch.from_numpy(rng.poisson(500, E)))
-        return rebalancer.stats().swaps, rebalancer.stats().skipped
+        stats = rebalancer.stats()
+        dist.barrier()  # no rank closes before all have looked
+    return stats.swaps, stats.skipped
 
 
 def test_noise_moves_nothing(tmp_path):
@@ -278,6 +282,7 @@ def with_a_late_rank(rank):
         while not together(model.blocks[0].dispatcher.placement == target[0]):
             step(model, rng, 2)
         stats = rebalancer.stats()
+        dist.barrier()  # no rank closes before all have looked
     return passed, stats.stalls
 
 

@@ -119,6 +119,7 @@ def closed_and_made_anew(rank, source):
 
         steps_until(there, model, rng)
         skipped = again.stats().skipped
+        dist.barrier()  # no rank closes before all have looked
     model.check_slots()
     # both layers swap in one pass in the first change, one after the other in the second
     assert first in seen
@@ -264,6 +265,7 @@ def with_a_broken_source(rank, fault):
         rebalancer.move_to(target)
         steps_until(lambda: live(model) == target, model, rng)
         stats = rebalancer.stats()
+        dist.barrier()  # no rank closes before all have looked
     model.check_slots()
     return stats.skipped, reason
 
@@ -293,6 +295,7 @@ def held_for_long(rank):
         rebalancer.resume()
         steps_until(lambda: live(model) == target, model, rng)
         stats = rebalancer.stats()
+        dist.barrier()  # no rank closes before all have looked
     model.check_slots()
     return stats.skipped, rebalancer.progress.stage
 
@@ -420,6 +423,7 @@ def reset_on_the_way(rank):
         after = planned(rebalancer.stats())
         steps_until(lambda: planned(rebalancer.stats()) >= after + 3, model, rng)
         kinds = set(rebalancer.stats().skipped)
+        dist.barrier()  # no rank closes before all have looked
     model.check_slots()
     assert collector.clock < 10**6
     return kinds
@@ -437,6 +441,7 @@ def at_other_rates(rank):
     with Rebalancer(model, dist.group.WORLD, **quick(interval=9)) as rebalancer:
         steps_until(lambda: rebalancer.stats().cycles >= 8, model, rng, n_tokens=32, weight=weight)
         stats = rebalancer.stats()
+        dist.barrier()  # no rank closes before all have looked
     model.check_slots()
     assert min(block.dispatcher.epoch for block in model.blocks) >= 1, "both layers have been moved"
     return stats.skipped
@@ -469,6 +474,7 @@ def loaded_at_other_moments(rank):
         rebalancer.load_state_dict(state)
         steps_until(there, model, rng, n_tokens=16, weight=weight)
         stats = rebalancer.stats()
+        dist.barrier()  # no rank closes before all have looked
         assert rebalancer.state_dict()["history"].shape == (2, 64, E)
     model.check_slots()
     return stats.skipped
@@ -577,6 +583,7 @@ def interrupted(rank):
                         block.dispatcher.update_module_weight_and_map()
             step(model, rng)
         skipped = rebalancer.stats().skipped
+        dist.barrier()  # no rank closes before all have looked
     model.check_slots()
     return skipped, announced
 
@@ -613,6 +620,7 @@ def within_the_budget(rank, most):
 
             steps_until(look, model, rng, n_tokens=32, weight=weight)
         stats = rebalancer.stats()
+        dist.barrier()  # no rank closes before all have looked
     model.check_slots()
     source.close()
     return written, stats.staging_bytes, model.blocks[0].dispatcher.expert_bytes, stats.skipped
