@@ -144,7 +144,7 @@ class Running:
                 continue
             before = self.dispatcher.placement.phy2log
             try:
-                self.cycle.run(self.collector.clock, None)
+                self.cycle.run([self.collector.clock], None)
             except SkippedError as skipped:
                 if skipped.kind != "no gain":
                     raise
