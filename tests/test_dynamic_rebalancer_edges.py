@@ -570,7 +570,7 @@ def interrupted(rank):
 
     with Rebalancer(model, dist.group.WORLD, ahead=4, layers_at_once=2, **quick()) as rebalancer:
         asked = 0
-        while not together(rebalancer.stats().swaps >= 24):
+        while not together(rebalancer.stats().swaps >= 24 and announced >= 1):
             if rebalancer.stats().cycles >= asked:
                 rebalancer.move_to(targets(100 + asked, model))
                 asked += 1
