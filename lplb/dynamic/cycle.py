@@ -221,8 +221,9 @@ class Cycle:
         with self._tally.timed("transfer_seconds"):
             for i in batch:
                 self._bring(i, come[i], at._replace(layer=self._layers[i].name, rounds_done=0))
-                held, wanted = (_experts_of(p, self._rank(i)) for p in (self._before[i], batch[i].placement))
-                self._tally.add(bytes_lower_bound=len(wanted - held) * self._layers[i].dispatcher.expert_bytes)
+                rank = self._rank(i)
+                new = sum(move.target_rank == rank != move.source_rank for move in come[i].moves)
+                self._tally.add(bytes_lower_bound=new * self._layers[i].dispatcher.expert_bytes)
 
     def _rank(self, layer: int) -> int:
         return self._layers[layer].dispatcher.rank
@@ -389,11 +390,6 @@ def _last_rows(history: torch.Tensor, n: int) -> torch.Tensor:
     out = torch.zeros(layers, n, n_logical, dtype=torch.int64, device="cpu")
     out[:, n - kept :] = history[:, rows - kept :]
     return out
-
-
-def _experts_of(placement: Placement, rank: int) -> set[int]:
-    n = placement.slots_per_rank
-    return set(placement.phy2log[rank * n : (rank + 1) * n].tolist())
 
 
 def _reasons(layers: Sequence[Layer], plans: Sequence[LayerPlan]) -> str:
