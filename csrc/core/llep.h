@@ -15,8 +15,9 @@
 //
 //   - lets further residents take what the home has no room for, in any number, before weights travel;
 //   - gives every guest m tokens or more: from what residents keep, or by a shorter chunk before it;
-//   - aims at the mean, rounded up, where the cap is below it;
-//   - leaves what nobody has room for to the resident or guest, or to the new guest, that is then the least loaded;
+//   - aims at the bound where the cap is below it, since no plan keeps that;
+//   - leaves what nobody has room for to the least loaded that serves the expert, or shares it with a new guest where
+//     the busiest of both is then lower;
 //   - is the published plan where that one is within the cap, or at least lower, and breaks no rule.
 //
 // Either way a rank has n_slots guests at most, and weights stay in domains where they are resident.
@@ -24,7 +25,7 @@
 // Member r % size() of a warp keeps what belongs to rank r: nobody else touches it, and no barriers are needed.
 #pragma once
 
-#include "transfer_plan.h"
+#include "joint.h"
 
 namespace lplb {
 inline namespace LPLB_ISA {
@@ -35,16 +36,6 @@ struct LlepRules {
   double lam;          // max / mean of plain expert parallelism below which it stays
   bool compat;         // as published
   int64_t max_tokens;  // no cap is above it; -1: any
-};
-
-struct LlepSpace {
-  int32_t *next, *n_guests;  // [n_ranks]
-  Guest* guests;             // [n_rows] the result, beside quota and rank_load
-};
-
-struct LlepOutcome {
-  int n_guests;
-  int64_t tokens, cap;
 };
 
 namespace llep {
@@ -63,13 +54,18 @@ LPLB_HD inline int64_t cap_of(const LlepRules& rules, int64_t tokens, int n_rank
   return rules.max_tokens >= 0 && rules.max_tokens < cap ? rules.max_tokens : cap;
 }
 
+struct Space {
+  int32_t *next, *n_guests;  // [n_ranks]
+  Guest* guests;             // [n_rows] the result, beside quotas and loads
+};
+
 template <int kWords, class Warp>
 struct Assignment {
   using Set = RankSet<kWords>;
   Warp& warp;
   const TransferProblem& p;
   const int64_t* tokens;  // [n_experts]
-  const LlepSpace& x;
+  Space x;
   int64_t *quotas, *loads;
   int64_t limit, least;  // of a rank; of a guest
   int n_guests;
@@ -281,14 +277,16 @@ struct Assignment {
     }
   }
 
-  // Nobody has room for the rest.
+  // Nobody has room for the rest. It stays with those who serve the expert, or is shared with one more where that is
+  // lower.
   LPLB_HD void force(Spill& s) {
     const int holder = least_loaded(s.serving), host = s.rest + s.kept >= least ? best_host(s) : p.n_ranks;
-    const int64_t chunk = greater(s.rest, least);
-    if (is_rank(host) && load(host) + chunk < load(holder) + s.rest)
-      send(s, host, chunk);
-    else
-      add(s.expert, holder, s.rest);
+    if (is_rank(host)) {
+      const int64_t above = load(holder) + s.rest, below = load(host);
+      const int64_t chunk = greater(least, lesser(s.rest, (above - below + 1) / 2));
+      if (below + chunk < above) send(s, host, chunk);
+    }
+    add(s.expert, holder, s.rest);
   }
 
   LPLB_HD void spill_corrected(int e) {
@@ -344,31 +342,39 @@ struct Assignment {
 
 }  // namespace llep
 
-// Writes quota [n_experts, n_ranks], rank_load [n_ranks] and the list of guests. The cap it returns is what was asked
-// for: where lam lets everything stay, it is no less than the busiest rank has.
+// A plan, from batch.tokens alone: what guest slots held before serves nothing. Where lam lets everything stay at home
+// the cap is no less than the busiest rank has, for nothing better was asked for.
 template <int kWords, class Warp>
-LPLB_HD inline LlepOutcome llep_plan(Warp& warp, const TransferProblem& p, const int64_t* tokens,
-                                     const LlepRules& rules, const LlepSpace& x, int64_t* quota, int64_t* rank_load) {
+LPLB_HD inline void llep_plan(Warp& warp, const TransferProblem& p, const LlepRules& rules, const int64_t* tokens,
+                              const JointSpace& x, const TransferArrays& out) {
   using llep::greater;
+  const TransferBatch batch{tokens, nullptr};
+  const joint::Level bound = Joint<kWords, Warp>(warp, p, {}, batch, x).bound();
   const int64_t all = whole_sum(warp, p.n_experts, [&](int e) { return tokens[e]; });
-  const int64_t cap = llep::cap_of(rules, all, p.n_ranks), mean = (all + p.n_ranks - 1) / p.n_ranks;
-  warp.each(p.n_experts * p.n_ranks, [&](int i) { quota[i] = 0; });
+  int64_t cap = llep::cap_of(rules, all, p.n_ranks);
+  warp.each(p.n_experts * p.n_ranks, [&](int i) { out.quota[i] = 0; });
   warp.sync();
-  llep::Assignment<kWords, Warp> a{
-      warp, p, tokens, x, quota, rank_load, rules.compat ? cap : greater(cap, mean), greater(rules.m, 1), 0, {}};
+  llep::Assignment<kWords, Warp> a{warp,
+                                   p,
+                                   tokens,
+                                   {x.used, x.start_used, x.guests},
+                                   out.quota,
+                                   out.rank_load,
+                                   rules.compat ? cap : greater(cap, bound.whole()),
+                                   greater(rules.m, 1),
+                                   0,
+                                   {}};
   a.stay_home();
   const int64_t most = a.max_load();
   const bool is_even = all == 0 || static_cast<double>(most) / (static_cast<double>(all) / p.n_ranks) < rules.lam;
-  if (is_even && (rules.max_tokens < 0 || most <= rules.max_tokens)) {
-    warp.sync();
-    return {0, all, greater(cap, most)};
-  }
-  if (rules.compat)
+  if (is_even && (rules.max_tokens < 0 || most <= rules.max_tokens))
+    cap = greater(cap, most);
+  else if (rules.compat)
     a.relieve_as_published(rules.m);
   else
     a.plan_corrected(rules.m);
   warp.sync();
-  return {a.n_guests, all, cap};
+  settle_guests(warp, p, batch, x.guests, a.n_guests, {all, cap, bound.whole(), bound.value()}, x.counts, out);
 }
 
 }  // namespace LPLB_ISA
