@@ -252,16 +252,15 @@ struct Assignment {
     s.hosts.drop(r);
   }
 
-  // What the best host, with `room`, gets: all it can take, or less, so that the rest is worth another guest. Where
-  // that is more than `least` it leaves room for no further guest; so guests are at most as many as experts and ranks.
+  // What the best host, with `room`, gets: all it can take, or less, so that the rest is worth another guest. Then no
+  // room is left there for a guest; so guests are at most as many as experts and ranks.
   LPLB_HD int64_t chunk_for(const Spill& s, int host, int64_t room) const {
     if (room >= s.rest) return joint::most(s.rest, least);
-    const int64_t shorter = joint::most(s.rest - least, least);
-    if (s.rest - room >= least || shorter + least - s.rest > s.kept) return room;
+    if (s.rest - room >= least) return room;
     Set others = s.hosts.without(full);
     others.drop(host);
     const int next = least_loaded(others);
-    return is_rank(next) && limit - load(next) >= least ? shorter : room;
+    return is_rank(next) && limit - load(next) >= least ? joint::most(s.rest - least, least) : room;
   }
 
   LPLB_HD void send_guests(Spill& s) {
