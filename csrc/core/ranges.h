@@ -6,6 +6,7 @@
 // in slot order; behind them come the guest slots.
 #pragma once
 
+#include "count.h"
 #include "shares.h"
 
 namespace lplb {
@@ -80,18 +81,21 @@ LPLB_HD inline int shares_of(const RangeTables& t, const ServingPlan& plan, cons
 
 }  // namespace ranges
 
-// The ranges of a source under a plan for the tokens of `from`, and what it sends to each virtual slot: send
-// [n_ranks · width] of zeros, or null. One row of `from` with ranks_per_node 0 is a source of no rank in particular.
+// The ranges of a source's tokens of experts [begin, end) under a plan for the tokens of `from`, and what it sends to
+// each virtual slot: send [n_ranks · width] of zeros, or null. One row of `from` with ranks_per_node 0 is a source of
+// no rank in particular.
 template <class Team, class Count>
 LPLB_HD inline void find_ranges(Team& team, const RangeTables& t, const ServingPlan& plan,
-                                const BasicSources<Count>& from, int source, const Ranges& out, int64_t* send) {
-  team.each(t.n_experts, [&](int e) {
+                                const BasicSources<Count>& from, int source, int begin, int end, const Ranges& out,
+                                int64_t* send) {
+  team.each(end - begin, [&](int i) {
+    const int e = begin + i;
     int32_t *ends = out.end + e * t.n_ranks, *slots = out.slot + e * t.n_ranks;
     int n = 0;
-    int64_t end = 0;
+    int64_t all = 0;
     const int first = ranges::shares_of(t, plan, from, source, e, [&](int r, int64_t tokens) {
-      end = shares::least(end + tokens, INT32_MAX);
-      ends[n] = static_cast<int32_t>(end);
+      all = shares::least(all + tokens, INT32_MAX);
+      ends[n] = static_cast<int32_t>(all);
       slots[n] = ranges::slot_at(t, plan, e, r);
       if (send != nullptr && slots[n] >= 0) send[slots[n]] = tokens;
       ++n;
@@ -102,12 +106,45 @@ LPLB_HD inline void find_ranges(Team& team, const RangeTables& t, const ServingP
   });
 }
 
-// Where token k of expert e goes.
-LPLB_HD inline int32_t slot_of(const RangeTables& t, const Ranges& ranges, int e, uint32_t k) {
+// Whether a source has another number of tokens of any expert, row [n_experts], than the plan was made for; the same on
+// all members.
+template <class Team, class Count>
+LPLB_HD inline bool counts_differ(Team& team, const BasicSources<Count>& from, int source, const int32_t* row,
+                                  int n_experts) {
+  bool differs = false;
+  team.each(n_experts, [&](int e) { differs = differs || row[e] != tokens_of(from, source, e); });
+  return team.any(differs);
+}
+
+// Where token k of expert e goes. `only` [n_experts] is the slot of those with one range, -2 for others.
+LPLB_HD inline int32_t slot_of(const RangeTables& t, const Ranges& ranges, const int32_t* only, int e, uint32_t k) {
+  const int32_t slot = only[e];
+  if (slot > -2) return slot;
   const int32_t* end = ranges.end + e * t.n_ranks;
   int i = 0;
   while (k >= static_cast<uint32_t>(end[i])) ++i;
   return ranges.slot[e * t.n_ranks + i];
+}
+
+// Fills `only` for slot_of.
+template <class Team>
+LPLB_HD inline void find_only(Team& team, const RangeTables& t, const Ranges& ranges, int32_t* only) {
+  team.each(t.n_experts, [&](int e) { only[e] = ranges.n[e] == 1 ? ranges.slot[e * t.n_ranks] : -2; });
+}
+
+// Maps block `c` of `indices` to `slots`, which may be the same memory. counters, warp_prefix and before_block as for
+// number_block; all members see what find_only has filled.
+template <class Block, class Index>
+LPLB_HD inline void route_block(Block& block, const RangeTables& t, const Ranges& ranges, const int32_t* only,
+                                const Index* indices, Index* slots, Cut cut, int c, int32_t* counters,
+                                const int32_t* warp_prefix, const int32_t* before_block) {
+  const int64_t end = cut.of_warp(c, block.warp_index(), block.n_warps()).end;
+  number_block(
+      block, indices, cut, c, t.n_experts, counters, warp_prefix, before_block, [](int) { return uint32_t{0}; },
+      [&](int64_t i, int e, uint32_t k) {
+        const int32_t slot = e >= 0 ? slot_of(t, ranges, only, e, k) : -1;
+        if (i < end) slots[i] = static_cast<Index>(slot);
+      });
 }
 
 }  // namespace LPLB_ISA

@@ -101,7 +101,7 @@ RouteFault route(const RangeMap& map, const ServingPlan& plan, const BasicSource
   Solo team;
   RangeMemory memory(t);
   if (send != nullptr) std::fill(send, send + static_cast<int64_t>(t.n_ranks) * t.width(), 0);
-  find_ranges(team, t, plan, from, source, memory.at(), send);
+  find_ranges(team, t, plan, from, source, 0, t.n_experts, memory.at(), send);
   const Ranges ranges = memory.at();
   std::vector<Open> open(static_cast<size_t>(chunks.count) * row);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
