@@ -15,3 +15,4 @@ void add_eplb(pybind11::module_& m);       // bindings_eplb.cpp
 void add_placing(pybind11::module_& m);    // bindings_placing.cpp
 void add_change(pybind11::module_& m);     // bindings_change.cpp
 void add_transfers(pybind11::module_& m);  // bindings_transfers.cpp
+void add_ranges(pybind11::module_& m);     // bindings_ranges.cpp
