@@ -240,6 +240,7 @@ PYBIND11_MODULE(_C, m) {
   add_eplb(m);
   add_placing(m);
   add_change(m);
+  add_transfers(m);
   py::class_<Planner>(m, "CpuPlanner")
       .def(py::init<const std::vector<int32_t>&, int, int, int, const std::vector<double>&, int>(), py::arg("phy2log"),
            py::arg("n_logical"), py::arg("n_ranks"), py::arg("group_size"), py::arg("speed"), py::arg("max_threads"))

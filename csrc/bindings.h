@@ -14,3 +14,4 @@ T* at(Address a) {
 void add_eplb(pybind11::module_& m);     // bindings_eplb.cpp
 void add_placing(pybind11::module_& m);  // bindings_placing.cpp
 void add_change(pybind11::module_& m);   // bindings_change.cpp
+void add_transfers(pybind11::module_& m);  // bindings_transfers.cpp

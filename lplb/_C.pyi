@@ -363,3 +363,68 @@ class CudaPlanner:
         stream: int,
     ) -> None:
         """`count`, `solve_table` and `assign` of a planner without a group."""
+
+most_transfer_tokens: int
+"""A batch of `CpuTransfers` has fewer."""
+transfer_numbers: int
+"""Entries of a plan's ``numbers``."""
+
+_Counts = tuple[int, int, int, int]
+"""Address, bytes of a count (4 or 8), rows (source ranks), and how many counts apart they begin."""
+_TransferArrays = tuple[int, int, int, int, int, int]
+"""Of a plan with transfers: quota int64 ``[n_logical, n_ranks]``; rank_load int64 ``[n_ranks]``; transfers int32
+``[rows, 3]``, an expert, from where, to where, -1 behind the last; guests int32 ``[n_ranks, slots]``, what each guest
+slot holds after the transfers, -1 for nothing; numbers int64 ``[transfer_numbers]``: transfers, largest rank load,
+tokens, the load that was asked for, whether it was reached, the least that any plan could, transfers out of a rank and
+into one at most; bound float64 ``[1]``, of which the least is the next whole number."""
+
+class CpuTransfers:
+    """Plans with transfers; serves one caller at a time. csrc/core/joint.h says how they are made.
+
+    What plans return is 0; else nothing was written: 1 + the place of the first negative count, in row-major order, or
+    -1 where the batch has `most_transfer_tokens` or more.
+    """
+
+    def __init__(
+        self,
+        resident_rank: Sequence[int],
+        resident_expert: Sequence[int],
+        n_logical: int,
+        n_ranks: int,
+        slots: int,
+        domain: int,
+    ) -> None:
+        """``resident_*``: every resident copy. ``slots``: guest slots of a rank. ``domain``: consecutive ranks within
+        which weights travel, a divisor of ``n_ranks``."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table of transfers."""
+
+    def joint(
+        self,
+        counts: _Counts,
+        tolerance: float,
+        max_tokens: int,
+        max_transfers: int,
+        min_tokens: int,
+        held: int,
+        out: _TransferArrays,
+    ) -> int:
+        """The fewest transfers with which no rank has more than (1 + ``tolerance``) × the bound, rounded down but to
+        no less than the least, or more than ``max_tokens``; or the least maximum that slots and ``max_transfers``
+        allow. -1 is no limit. ``min_tokens``: of a guest that a transfer brings. ``held``: int32 ``[n_ranks, slots]``,
+        what guest slots hold from before."""
+
+    def front(
+        self,
+        counts: _Counts,
+        max_transfers: int,
+        min_tokens: int,
+        held: int,
+        max_load: int,
+        transfers: int,
+        capacity: int,
+    ) -> tuple[int, int]:
+        """Write max_load int64 and transfers int32 ``[capacity]``: the largest rank load for every number of transfers
+        that lowers it. Returns what plans do, and how many points there are."""
