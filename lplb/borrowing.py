@@ -29,7 +29,7 @@ def row_bytes(hidden_size: int, ffn_size: int, itemsize: int) -> tuple[int, int]
     ``ffn_size`` on the way from one to the other.
     """
     kept = itemsize * (hidden_size + 2 * ffn_size) + 2 * torch.int64.itemsize
-    return kept, itemsize * (2 * hidden_size + 3 * ffn_size) + 2 * torch.int64.itemsize
+    return kept, itemsize * (2 * hidden_size + 3 * ffn_size)
 
 
 class Bank:

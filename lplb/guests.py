@@ -123,7 +123,7 @@ class GuestSlots:
             raise ValueError("guests serve layers of another group, allowed are layers of one group")
 
     def messages(self, mover: WeightMover) -> list[Tensor]:
-        """Flat memory for one expert in each direction, kept from the first use on."""
+        """Flat memory for one expert in each direction, for all layers."""
         if not self._messages:
             self._messages = [mover.link.buffer(mover.fields.layout) for _ in range(2)]
         return self._messages

@@ -109,6 +109,7 @@ class Lender:
         apart = guests.connect(ranks)
         group = apart.group if isinstance(apart, exchange.Distributed) else None
         self.mover = WeightMover([experts.leaves("gate_up"), experts.leaves("down")], group)
+        self._buffers = guests.messages(self.mover)
         self._room = checked_fields("guests", guests.fields)
         self._agrees = guests.device.type == "cpu"  # elsewhere an agreement would have the host wait for the device
         self._may_hold = planner.strategy != "llep"  # which keeps no copies
@@ -264,7 +265,7 @@ class Lender:
             if target is self._room:
                 self.guests.mark(key)
             return
-        job, buffers = Job(rounds, target, (0, 0)), self.guests.messages(self.mover)
+        job, buffers = Job(rounds, target, (0, 0)), self._buffers
         holds = key if target is self._room else None
         self.guests.start(lambda: self.mover.carry_out(job, buffers, agree=self._agrees), holds, target)
 
@@ -289,10 +290,11 @@ class Lender:
         """Let guests' gradients go home, and be added to those of own slots. Collective, but nothing waits here."""
         if not loan.back:
             return
-        buffers = self.guests.messages(self.mover)
 
         def work() -> None:
-            bring_home(self.mover, loan.ways, self.guests.fields, own or (None, None), buffers, agree=self._agrees)
+            bring_home(
+                self.mover, loan.ways, self.guests.fields, own or (None, None), self._buffers, agree=self._agrees
+            )
 
         self.guests.start(work, None, own)
 

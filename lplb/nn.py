@@ -435,11 +435,11 @@ class ExpertParallelMoE(nn.Module):
         """Return how many rows a rank may receive, for ``transfers.max_tokens``, so that memory suffices.
 
         What is counted, on a rank, at the peak of a backward pass: guest slots and the two experts on their way (with
-        ``resend=False`` guests of every layer too); the gradients of own experts of one layer and the sum of one
+        ``resend=False`` guests of every layer too); new gradients of one layer's own experts, and the sum of one
         expert's in float32 or wider; and for every row received, with ``s`` bytes per element,
-        ``s * (hidden_size + 2 * ffn_size) + 16`` in every layer and ``s * (2 * hidden_size + 3 * ffn_size) + 16`` in
-        the layer that is differentiated. Not counted is what no plan changes: own weights, and the rows that this rank
-        sends. On CUDA a grouped product has its result once more for a moment.
+        ``s * (hidden_size + 2 * ffn_size) + 16`` in every layer and ``s * (2 * hidden_size + 3 * ffn_size)`` in the
+        layer that is differentiated. Not counted is what no plan changes: own weights, gradients that parameters have
+        already, and the rows that this rank sends. On CUDA a grouped product has its result once more for a moment.
 
         Args:
             memory_bytes: for all this.

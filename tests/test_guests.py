@@ -139,7 +139,7 @@ HEATS = {2: [0.0, 4.0, 30.0], 4: [2.0, 4.0, 30.0], 8: [4.0, 30.0]}
 def test_outputs_gradients_and_loads(size, tmp_path):
     results = on_ranks(size, tmp_path, run_cases, size, HEATS[size])
     travelled = 0
-    for which, heat in enumerate(HEATS[size]):
+    for which in range(len(HEATS[size])):
         plain, *lent = zip(*(result[which] for result in results), strict=True)
         for seed in range(2):
             want, loads = dense([row[seed] for row in plain])
@@ -153,8 +153,8 @@ def test_outputs_gradients_and_loads(size, tmp_path):
                 assert sum(received) == loads.sum()
                 before = max(int(row[seed]["received"].sum()) for row in plain)
                 assert max(received) <= before
-                if case.get("resend"):
-                    assert max(received) < 0.8 * before
+                if case["strategy"] == "joint" and case["slots"] == SLOTS:
+                    assert max(received) == -(-sum(received) // size)
                 travelled += len(rows[0]["moves"])
                 for row in rows:  # once: for the backward pass guests are still there
                     assert row["sent"] == ([len(row["moves"])] if row["moves"] else [])
