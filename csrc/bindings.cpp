@@ -221,6 +221,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_targets") = words(LPLB_CUDA_TARGETS);
   m.attr("cuda_version") = LPLB_CUDA_VERSION;
   add_cuda(m);
+  add_cuda_transfers(m);
 #else
   m.attr("cuda") = false;
   m.attr("cuda_targets") = py::tuple();

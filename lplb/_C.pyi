@@ -153,8 +153,8 @@ class CpuRanges:
     """Tokens to virtual slots by range (``csrc/core/ranges.h``); any number of callers at a time.
 
     ``plan``: addresses of int64 quota ``[n_logical, n_ranks]`` and int32 guests ``[n_ranks, slots]``. ``counts``:
-    address, bytes of an element (4 or 8), elements from row to row, rows, ranks per node; 0 of these where the one row
-    is a source of no rank in particular.
+    address, bytes of a count (4 or 8), rows (source ranks), and how many counts apart they begin. ``ranks_per_node``: 0
+    where the one row is a source of no rank in particular.
     """
 
     def __init__(
@@ -174,7 +174,8 @@ class CpuRanges:
     def route(
         self,
         plan: tuple[int, int],
-        counts: tuple[int, int, int, int, int],
+        counts: tuple[int, int, int, int],
+        ranks_per_node: int,
         source: int,
         indices: tuple[int, int, int],
         slots: int,
@@ -188,7 +189,9 @@ class CpuRanges:
         for none. Nothing is written where one is found.
         """
 
-    def send_all(self, plan: tuple[int, int], counts: tuple[int, int, int, int, int], tokens: int) -> None:
+    def send_all(
+        self, plan: tuple[int, int], counts: tuple[int, int, int, int], ranks_per_node: int, tokens: int
+    ) -> None:
         """What every source sends to every virtual slot, int64 ``[rows of counts, n_ranks * width]``."""
 
 class PlacementRating:

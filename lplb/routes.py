@@ -86,7 +86,7 @@ class RangeRouter:
         threads = max(1, min(torch.get_num_threads(), given.numel() // _TOKENS_PER_THREAD))
         bad, expert = self._ranges.route(
             (quota.data_ptr(), guests.data_ptr()),
-            self._counts(counts),
+            *self._counts(counts),
             source,
             (given.data_ptr(), given.element_size(), given.numel()),
             slots.data_ptr(),
@@ -112,10 +112,10 @@ class RangeRouter:
         Rows are what `route` says of each source, columns add up to the quotas. Arguments as there.
         """
         tokens = torch.empty(len(counts), self._n_ranks * self.width, dtype=torch.int64, device=counts.device)
-        self._ranges.send_all((quota.data_ptr(), guests.data_ptr()), self._counts(counts), tokens.data_ptr())
+        self._ranges.send_all((quota.data_ptr(), guests.data_ptr()), *self._counts(counts), tokens.data_ptr())
         return tokens
 
-    def _counts(self, counts: torch.Tensor) -> tuple[int, int, int, int, int]:
+    def _counts(self, counts: torch.Tensor) -> tuple[tuple[int, int, int, int], int]:
         rows = len(counts)
         ranks_per_node = 0 if rows == 1 and self._n_ranks > 1 else self._ranks_per_node
-        return counts.data_ptr(), counts.element_size(), counts.stride(0), rows, ranks_per_node
+        return (counts.data_ptr(), counts.element_size(), rows, counts.stride(0)), ranks_per_node
