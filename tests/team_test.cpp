@@ -22,6 +22,7 @@
 #include "../csrc/core/solve_traffic.h"
 #include "../csrc/core/split.h"
 #include "check.h"
+#include "llep_team.h"
 #include "thread_team.h"
 
 // Every operator new of the program ends here, also those for arrays. Not inlined, or g++ takes new and free for a
@@ -541,6 +542,7 @@ int main(int argc, char** argv) {
   }
   check_counting();
   check_shares(scale);
+  llep_team::compare(scale, allocations);
   for (const int size : kTeamSizes) {
     compare_factors(size);
     compare_solutions(size, scale);
