@@ -204,7 +204,7 @@ foreach(target IN LISTS LPLB_CUDA_CODE)
     list(APPEND code -gencode "arch=compute_${generation},code=${target}")
   endif()
 endforeach()
-foreach(name count assign solve)
+foreach(name count assign solve ranges transfers)
   # No fused multiply-add, as on the host: plans have the same bits.
   lplb_add_cuda(csrc/cuda/${name}.cu -c -fmad=false ${code})
 endforeach()

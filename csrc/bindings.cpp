@@ -221,6 +221,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_targets") = words(LPLB_CUDA_TARGETS);
   m.attr("cuda_version") = LPLB_CUDA_VERSION;
   add_cuda(m);
+  add_cuda_transfers(m);
 #else
   m.attr("cuda") = false;
   m.attr("cuda_targets") = py::tuple();
@@ -241,6 +242,7 @@ PYBIND11_MODULE(_C, m) {
   add_placing(m);
   add_change(m);
   add_transfers(m);
+  add_ranges(m);
   py::class_<Planner>(m, "CpuPlanner")
       .def(py::init<const std::vector<int32_t>&, int, int, int, const std::vector<double>&, int>(), py::arg("phy2log"),
            py::arg("n_logical"), py::arg("n_ranks"), py::arg("group_size"), py::arg("speed"), py::arg("max_threads"))

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn import functional
 
-from lplb import Planner
-from lplb.nn import ExpertParallelMoE
+from lplb import Planner, TransferPlanner
+from lplb.nn import ExpertParallelMoE, GuestSlots
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from trace_model import DOMAINS, LanguageModel, ModelConfig, Tokenizer, reference_documents, stdlib_documents
@@ -66,11 +66,19 @@ class Model(LanguageModel):
     Args:
         config: its sizes.
         planners: one for every layer, or `None` for no balancing.
+        transfers: instead of these, planners of transfers, one for every layer.
+        guests: with those, where experts stay that come for a batch.
     """
 
-    def __init__(self, config: ModelConfig, planners: list[Planner] | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        planners: list[Planner] | None,
+        transfers: list[TransferPlanner] | None = None,
+        guests: GuestSlots | None = None,
+    ) -> None:
         """Draws the same weights for any planners, given the same seed."""
-        left = iter(planners or [None] * config.layers)
+        left, lent = (iter(given or [None] * config.layers) for given in (planners, transfers))
 
         def make() -> ExpertParallelMoE:
             return ExpertParallelMoE(
@@ -80,6 +88,8 @@ class Model(LanguageModel):
                 config.top_k,
                 group=dist.group.WORLD,
                 balancer=next(left),
+                transfers=next(lent),
+                guests=guests,
             )
 
         super().__init__(config, make)

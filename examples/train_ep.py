@@ -10,6 +10,7 @@ losses are the same, their rank loads are not.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,10 +29,12 @@ COPIES = 8  # per rank, of 16 experts of its own
 class Trainer:
     """A model, its optimizer, and the copies of its experts."""
 
-    def __init__(self, config: ModelConfig, planners: list[Planner] | None, seed: int, dtype: torch.dtype) -> None:
-        """Draws the model from the seed."""
+    def __init__(
+        self, config: ModelConfig, planners: list[Planner] | None, seed: int, dtype: torch.dtype, **transfers: Any
+    ) -> None:
+        """Draws the model from the seed; ``transfers`` are as for `Model`."""
         torch.manual_seed(seed)
-        self.model = Model(config, planners).to(dtype)
+        self.model = Model(config, planners, **transfers).to(dtype)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
         self.copies = [
             ReplicaSync(layer.placement, layer.expert_fields, dist.group.WORLD, home=layer.home)

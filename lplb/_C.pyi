@@ -149,6 +149,51 @@ def look_for_changes(
     after so many steps. Other Python threads run meanwhile, from the first layer to the last.
     """
 
+class CpuRanges:
+    """Tokens to virtual slots by range (``csrc/core/ranges.h``); any number of callers at a time.
+
+    ``plan``: addresses of int64 quota ``[n_logical, n_ranks]`` and int32 guests ``[n_ranks, slots]``. ``counts``:
+    address, bytes of a count (4 or 8), rows (source ranks), and how many counts apart they begin. ``ranks_per_node``: 0
+    where the one row is a source of no rank in particular.
+    """
+
+    def __init__(
+        self,
+        resident_rank: Sequence[int],
+        resident_expert: Sequence[int],
+        n_logical: int,
+        n_ranks: int,
+        slots: int,
+    ) -> None:
+        """Take residents in rank order, then slot order."""
+
+    @property
+    def width(self) -> int:
+        """Virtual slots per rank."""
+
+    def route(
+        self,
+        plan: tuple[int, int],
+        counts: tuple[int, int, int, int],
+        ranks_per_node: int,
+        source: int,
+        indices: tuple[int, int, int],
+        slots: int,
+        send: int,
+        threads: int,
+    ) -> tuple[int, int]:
+        """Map ``indices`` (address, bytes of an element, number) to ``slots``, which may be the same memory.
+
+        ``send``: int64 ``[n_ranks * width]``, how many go to each, or 0. Returns the position of the first index
+        outside ``[-1, n_logical)``, and the first expert with another number of tokens than the source has counted; -1
+        for none. Nothing is written where one is found.
+        """
+
+    def send_all(
+        self, plan: tuple[int, int], counts: tuple[int, int, int, int], ranks_per_node: int, tokens: int
+    ) -> None:
+        """What every source sends to every virtual slot, int64 ``[rows of counts, n_ranks * width]``."""
+
 class PlacementRating:
     """Placements of one layer, rated one after another on the same int64 ``loads [batches, n_logical]``."""
 

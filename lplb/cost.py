@@ -1,6 +1,6 @@
 """What a layer of experts costs: one transparent model of its time on given hardware.
 
-    layer = slowest rank's experts + dispatch + combine + planner
+    layer = slowest rank's experts + dispatch + combine + planner + transfers
 
 - **Experts**: a rank computes its slots one after the other. A slot with tokens takes the longer of reading its weights
   and multiplying, with its tokens rounded up to whole tiles; a slot without tokens takes nothing. So a small batch pays
@@ -9,6 +9,13 @@
   rest over its network card; the two go on beside each other, and the slowest rank decides. ``"direct"`` sends every
   choice of a token by itself, as DeepEP's low-latency kernels do; ``"by_node"`` sends a token to a node once, where
   NVLink passes it on, as its normal kernels do (https://github.com/deepseek-ai/DeepEP, docs/legacy.md).
+- **Transfers**: weights that travel for one batch (`lplb.TransferPlanner`), by `transfer_time`. They use the links that
+  the tokens use, so their time is added, also where they are under way at the same time. Every expert goes over a tree:
+  once to each node that wants it, where a first rank gets it over its network card and others have it over NVLink, and
+  a rank that has it passes it on. Copying to ``n`` others keeps the rank that it comes from busy for
+  ``ceil(log2(n + 1))`` copies; who passes on is free in every other respect. The rank with the most copies out or in
+  decides, NVLink and cards beside each other. A forward pass only: in a backward pass, in which experts compute twice
+  as much, the weights may come once more and gradients go home, which is about twice as much on the links too.
 - **Planner**: what the caller says. lplb's kernels have not been measured on a GPU; `ASSUMED_PLANNER_SECONDS` is
   LPLB's figure, and an assumption.
 
@@ -36,6 +43,7 @@ __all__ = [
     "hardware_by_name",
     "layer_parts",
     "layer_time",
+    "transfer_time",
 ]
 
 ASSUMED_PLANNER_SECONDS = 100e-6
@@ -143,6 +151,8 @@ class LayerParts(NamedTuple):
     """Results back."""
     planner: _Floats
     """What the caller gave, everywhere."""
+    transfers: _Floats
+    """Weights that travel for this batch, as the caller gave it."""
     floor: _Floats
     """Not added: what of ``experts`` the slots in use cost however few tokens they have, for weights or one tile."""
 
@@ -157,6 +167,7 @@ def layer_time(
     exchange: str = "by_node",
     planner_seconds: float = 0.0,
     tile: SupportsIndex | None = None,
+    transfer_seconds: float | _Floats = 0.0,
 ) -> _Floats:
     """Model the time of one layer's experts, in seconds; see the module for what is in it.
 
@@ -172,6 +183,7 @@ def layer_time(
         exchange: how tokens travel between nodes, ``"direct"`` or ``"by_node"``.
         planner_seconds: the planner's own time, in every layer.
         tile: tokens of a slot are rounded up to multiples of it; by default `TILES` of the exchange.
+        transfer_seconds: from `transfer_time`, one number or ``[...]``.
 
     Returns:
         Seconds, float64 ``[...]``.
@@ -189,8 +201,9 @@ def layer_time(
         exchange=exchange,
         planner_seconds=planner_seconds,
         tile=tile,
+        transfer_seconds=transfer_seconds,
     )
-    seconds: _Floats = parts.experts + parts.dispatch + parts.combine + parts.planner
+    seconds: _Floats = parts.experts + parts.dispatch + parts.combine + parts.planner + parts.transfers
     return seconds
 
 
@@ -204,20 +217,25 @@ def layer_parts(
     exchange: str = "by_node",
     planner_seconds: float = 0.0,
     tile: SupportsIndex | None = None,
+    transfer_seconds: float | _Floats = 0.0,
 ) -> LayerParts:
     """Return what `layer_time` adds up. Arguments and errors are its own."""
     ranks = whole_number("n_ranks", n_ranks, 1)
     loads = _checked_tokens(tokens, ranks)
-    for name, value, kind in (("model", model, ModelShape), ("hardware", hardware, Hardware)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} is {seen(value)}, allowed is a {kind.__name__}")
-    node = min(8, ranks) if ranks_per_node is None else whole_number("ranks_per_node", ranks_per_node, 1)
-    check_divides("n_ranks", ranks, "ranks_per_node", node)
+    node = _checked_node(ranks, model, hardware, ranks_per_node)
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange is {exchange!r}, allowed are {', '.join(map(repr, EXCHANGES))}")
     planner_seconds = real_number("planner_seconds", planner_seconds)
     if not 0 <= planner_seconds < float("inf"):
         raise ValueError(f"planner_seconds is {planner_seconds}, allowed is 0 or more")
+
+    travel = np.asarray(transfer_seconds)
+    if travel.dtype.kind not in "iuf" or travel.shape not in ((), loads.shape[:-2]):
+        raise TypeError(
+            f"transfer_seconds is {transfer_seconds!r}, allowed is a number or an array {list(loads.shape[:-2])}"
+        )
+    if not ((travel >= 0) & (travel < np.inf)).all():
+        raise ValueError(f"transfer_seconds is {transfer_seconds}, allowed is 0 or more")
 
     tile = TILES[exchange] if tile is None else whole_number("tile", tile, 1)
     experts, floor = _experts(loads, model, hardware, tile)
@@ -230,8 +248,85 @@ def layer_parts(
         per_element * model.dispatch_bytes,
         per_element * model.combine_bytes,
         np.full(experts.shape, planner_seconds),
+        np.full(experts.shape, travel, dtype=np.float64),
         floor,
     )
+
+
+def transfer_time(
+    transfers: torch.Tensor | npt.NDArray[Any],
+    n_ranks: SupportsIndex,
+    model: ModelShape,
+    hardware: Hardware,
+    *,
+    ranks_per_node: SupportsIndex | None = None,
+) -> float:
+    """Model the time that the weights of one layer take which travel for one batch; see the module.
+
+    Args:
+        transfers: expert, rank that has it, rank that gets it, integers ``[n, 3]``, as `TransferPlan.transfers`; rows
+            of -1 are none.
+        n_ranks: as for `layer_time`, the arguments below too.
+        model: the experts' shape.
+        hardware: what each rank is.
+        ranks_per_node: consecutive ranks that NVLink joins.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a value or shape is not allowed; the message has the value seen and the value allowed.
+    """
+    ranks = whole_number("n_ranks", n_ranks, 1)
+    node = _checked_node(ranks, model, hardware, ranks_per_node)
+    nvlink, cards = _copies(_checked_transfers(transfers, ranks), ranks, node)
+    per_byte = max(nvlink / hardware.nvlink_bandwidth, cards / hardware.rdma_bandwidth)
+    return model.expert_bytes * per_byte / hardware.efficiency
+
+
+def _copies(transfers: list[list[int]], n_ranks: int, node: int) -> tuple[int, int]:
+    """Copies in or out of the rank that has most of them, over NVLink and over its card."""
+    trees: dict[tuple[int, int], dict[int, list[int]]] = {}  # by expert and its source, then targets by node
+    for expert, source, to in transfers:
+        trees.setdefault((expert, source), {}).setdefault(to // node, []).append(to)
+    busy = np.zeros((2, 2, n_ranks), dtype=np.int64)  # NVLink or card, out or in
+    for (_, source), by_node in trees.items():
+        near = source // node
+        busy[1, 0, source] += len(by_node.keys() - {near}).bit_length()
+        for there, ranks in by_node.items():
+            root = source
+            if there != near:
+                root, *ranks = ranks
+                busy[1, 1, root] += 1
+            busy[0, 0, root] += len(ranks).bit_length()
+            busy[0, 1, ranks] += 1
+    return int(busy[0].max()), int(busy[1].max())
+
+
+def _checked_transfers(transfers: object, n_ranks: int) -> list[list[int]]:
+    """The rows of a table of transfers that are some."""
+    given = transfers.detach().cpu().numpy() if isinstance(transfers, torch.Tensor) else transfers
+    if not isinstance(given, np.ndarray) or given.dtype.kind not in "iu":
+        raise TypeError(f"transfers is {seen(transfers)}, allowed is a tensor or an array of integers [n, 3]")
+    if given.ndim != 2 or given.shape[1] != 3:
+        raise ValueError(f"transfers has shape {list(given.shape)}, allowed is [n, 3]: expert, from, to")
+    rows = given[given[:, 0] >= 0]
+    odd = (rows[:, 1:] < 0) | (rows[:, 1:] >= n_ranks)
+    if odd.any():
+        raise ValueError(f"transfers has rank {rows[:, 1:][odd][0]}, allowed are 0 to {n_ranks - 1}")
+    listed: list[list[int]] = rows.tolist()
+    return listed
+
+
+def _checked_node(n_ranks: int, model: object, hardware: object, ranks_per_node: SupportsIndex | None) -> int:
+    """Ranks of a node; refuses what is no model and no hardware."""
+    for name, value, kind in (("model", model, ModelShape), ("hardware", hardware, Hardware)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {seen(value)}, allowed is a {kind.__name__}")
+    node = min(8, n_ranks) if ranks_per_node is None else whole_number("ranks_per_node", ranks_per_node, 1)
+    check_divides("n_ranks", n_ranks, "ranks_per_node", node)
+    return node
 
 
 def _checked_tokens(tokens: object, n_ranks: int) -> _Floats:

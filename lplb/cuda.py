@@ -6,6 +6,7 @@ device is written to pinned host memory, and raised by whatever call finds it th
 
 import os
 import threading
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import ClassVar
@@ -70,6 +71,44 @@ class Faults:
                 f"idx had {new} indices in earlier calls that are not allowed and were mapped to -1; allowed is -1 "
                 f"(masked) or 0 to n_logical - 1 = {n_logical - 1}"
             )
+
+
+class StreamOrder:
+    """One caller's memory on several streams, one call after another.
+
+    Args:
+        device: a CUDA device, whose current stream the memory was made on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """See the class."""
+        self._device = device
+        self._captured: torch.cuda.Stream | None = None  # the last stream that a call was captured on
+        self._last = torch.cuda.current_stream(device)
+        self._seen = {self._last.cuda_stream}
+
+    def stream(self, buffers: Callable[[], Iterable[torch.Tensor]]) -> int:
+        """The caller's current stream, made to wait for the last one if that is another.
+
+        During capture it waits for another stream of the capture only: a graph does not depend on what is outside.
+        ``buffers`` are what the calls share; they are freed only when every stream is done with them.
+        """
+        stream = torch.cuda.current_stream(self._device)
+        handle = stream.cuda_stream
+        if torch.cuda.is_current_stream_capturing():
+            before, self._captured = self._captured, stream
+            if before is not None and before.cuda_stream != handle and _is_capturing(before):
+                stream.wait_stream(before)
+            return handle
+        if handle != self._last.cuda_stream:
+            if not _is_capturing(self._last):
+                stream.wait_stream(self._last)
+            self._last = stream
+            if handle not in self._seen:
+                self._seen.add(handle)
+                for tensor in buffers():
+                    tensor.record_stream(stream)
+        return handle
 
 
 class Backend:
@@ -156,9 +195,7 @@ class Backend:
         self._planned = False
         self._faults: Faults = Faults() if before is None else before._faults
         self._planner.bind(self._tables.data_ptr(), self._scratch.data_ptr(), self._faults.address)
-        self._captured: torch.cuda.Stream | None = None  # the last stream that a call was captured on
-        self._last_stream = torch.cuda.current_stream(self._device)
-        self._streams = {self._last_stream.cuda_stream}
+        self._order = StreamOrder(self._device)
 
     @property
     def guard(self) -> AbstractContextManager[object]:
@@ -207,26 +244,7 @@ class Backend:
         self.check_earlier()
 
     def _stream(self) -> int:
-        """The caller's current stream, made to wait for the planner's last one if that is another.
-
-        During capture it waits for another stream of the capture only: a graph does not depend on what is outside.
-        """
-        stream = torch.cuda.current_stream(self._device)
-        handle = stream.cuda_stream
-        if torch.cuda.is_current_stream_capturing():
-            before, self._captured = self._captured, stream
-            if before is not None and before.cuda_stream != handle and _is_capturing(before):
-                stream.wait_stream(before)
-            return handle
-        if handle != self._last_stream.cuda_stream:
-            if not _is_capturing(self._last_stream):
-                stream.wait_stream(self._last_stream)
-            self._last_stream = stream
-            if handle not in self._streams:  # freed only when this stream is done with them, too
-                self._streams.add(handle)
-                for tensor in self._buffers():
-                    tensor.record_stream(stream)
-        return handle
+        return self._order.stream(self._buffers)
 
     # ---- the stages, one after the other
 

@@ -4,6 +4,8 @@ Each generator returns whole tokens per logical expert: int64 ``[batches, layers
 int32 ``[batches, layers, sources, n_logical]``, every source having as many tokens. Tokens are drawn independently
 (multinomial) from shares that the scene moves from batch to batch; a token counts once for each of its experts. Layers
 are independent of one another. The same arguments give the same counts.
+
+Single batches that no placement balances are in `lplb.llep_scenes`, and here by the same names.
 """
 
 from __future__ import annotations
@@ -16,9 +18,25 @@ import numpy as np
 import numpy.typing as npt
 
 from lplb.arguments import whole_number
+from lplb.llep_scenes import LLEP_SCENES, LlepScene, llep_scene, skewed_scene, zipf_scene
 from lplb.trace import RouterTrace, load_trace
 
-__all__ = ["SCENES", "Scene", "domain_shift", "hot_expert", "lognormal", "make", "phases_of_shift", "trace", "zipf"]
+__all__ = [
+    "LLEP_SCENES",
+    "SCENES",
+    "LlepScene",
+    "Scene",
+    "domain_shift",
+    "hot_expert",
+    "llep_scene",
+    "lognormal",
+    "make",
+    "phases_of_shift",
+    "skewed_scene",
+    "trace",
+    "zipf",
+    "zipf_scene",
+]
 
 _Ints = npt.NDArray[np.integer[Any]]
 _Floats = npt.NDArray[np.float64]

@@ -20,6 +20,7 @@ TESTS = (
     "test_explain.py",
     "test_policies.py",
     "test_change.py",
+    "test_routes.py",
 )
 EXAMPLES = "10"  # per hypothesis test, see conftest.py
 

@@ -1,6 +1,7 @@
 """The block-parallel code under host threads: same bits as one thread, no data race.
 
-team_test is the core, stage_test the three stages as the CUDA backend's blocks run them, against the CPU backend.
+team_test is the core, stage_test the three stages as the CUDA backend's blocks run them, against the CPU backend, and
+transfer_test the same for plans with transfers.
 """
 
 import re
@@ -15,10 +16,12 @@ SCALE = {
     ("team_test", "thread"): "0.05",
     ("stage_test", ""): "0.5",
     ("stage_test", "thread"): "0.1",
+    ("transfer_test", ""): "0.3",
+    ("transfer_test", "thread"): "0.05",
 }
 
 
-@pytest.mark.parametrize("program", ["team_test", "stage_test"])
+@pytest.mark.parametrize("program", ["team_test", "stage_test", "transfer_test"])
 @pytest.mark.parametrize("sanitizer", ["", "thread"], ids=["plain", "thread sanitizer"])
 def test_any_team_gives_the_bits_of_one_thread(program: str, sanitizer: str, tmp_path: Path) -> None:
     before = native.sanitized_command(sanitizer, tmp_path)

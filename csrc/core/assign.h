@@ -63,42 +63,23 @@ LPLB_HD inline int32_t slot_of(const Slots& slots, const Proportion* shares, int
   return slots.copy_slot[c];
 }
 
-// Maps block `c` of `indices` to `physical`, which may be the same memory. counters [n_warps, n_logical] is the block's
-// own memory; warp_prefix as count_block left it; tokens of earlier blocks are in before_block [n_logical], null where
-// there are none. shares and start as find_shares left them; all members see them.
+// Maps block `c` of `indices` to `physical`, which may be the same memory. counters, warp_prefix and before_block as
+// for number_block; shares and start as find_shares left them; all members see them.
 template <class Block, class Index>
 LPLB_HD inline void assign_block(Block& block, const Index* indices, Index* physical, Cut cut, int c,
                                  const Slots& slots, const Proportion* shares, const int32_t* start, int32_t* counters,
                                  const int32_t* warp_prefix, const int32_t* before_block) {
-  auto& warp = block.warp();
-  int32_t* own = counters + block.warp_index() * slots.n_logical;
-  const int32_t* before_warp = warp_prefix + block.warp_index() * slots.n_logical;
-  const int rows = (slots.n_logical + kWarpSize - 1 - warp.rank()) / kWarpSize;  // of this member
-  in_order<8, true>(
-      0, rows,
-      [&](int row) {
-        const int e = row * kWarpSize + warp.rank();
+  const int64_t end = cut.of_warp(c, block.warp_index(), block.n_warps()).end;
+  number_block(
+      block, indices, cut, c, slots.n_logical, counters, warp_prefix, before_block,
+      [&](int e) {
         const int32_t to = slots.to[e];
-        auto before = static_cast<uint32_t>(before_warp[e]);
-        if (before_block != nullptr) before += static_cast<uint32_t>(before_block[e]);
-        if (to < 0) before += static_cast<uint32_t>(start[Slots::first_copy(to)]);
-        return before;
+        return to < 0 ? static_cast<uint32_t>(start[Slots::first_copy(to)]) : 0;
       },
-      [&](int row, uint32_t before) { own[row * kWarpSize + warp.rank()] = static_cast<int32_t>(before); });
-  warp.sync();
-  const Range range = cut.of_warp(c, block.warp_index(), block.n_warps());
-  const uint32_t lower = (uint32_t{1} << warp.rank()) - 1;
-  tokens::for_each(warp, indices, range, [&](int64_t i, Index index) {
-    const int e = tokens::expert_of(index, slots.n_logical);
-    const uint32_t same = warp.match(static_cast<uint32_t>(e));
-    const uint32_t first = e >= 0 ? static_cast<uint32_t>(own[e]) : 0;
-    warp.sync();
-    if (e >= 0 && lowest_bit(same) == warp.rank()) own[e] = static_cast<int32_t>(first + count_bits(same));
-    warp.sync();
-    const int32_t slot =
-        e >= 0 ? slot_of(slots, shares, e, first + static_cast<uint32_t>(count_bits(same & lower))) : -1;
-    if (i < range.end) physical[i] = static_cast<Index>(slot);
-  });
+      [&](int64_t i, int e, uint32_t k) {
+        const int32_t slot = e >= 0 ? slot_of(slots, shares, e, k) : -1;
+        if (i < end) physical[i] = static_cast<Index>(slot);
+      });
 }
 
 }  // namespace LPLB_ISA

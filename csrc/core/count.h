@@ -89,6 +89,40 @@ LPLB_HD inline int count_block(Block& block, const Index* indices, Cut cut, int 
   return outside;
 }
 
+// f(i, e, k) for the tokens of block `c`, by all members of a warp at once: expert e, -1 for what is not counted, and
+// the token's number k among those of its expert, from first(e) on. Members beyond the end have e = -1 and i = end or
+// more. counters [n_warps, n_logical] is the block's own memory; warp_prefix as count_block left it; tokens of earlier
+// blocks are in before_block [n_logical], null where there are none.
+template <class Block, class Index, class First, class F>
+LPLB_HD inline void number_block(Block& block, const Index* indices, Cut cut, int c, int n_logical, int32_t* counters,
+                                 const int32_t* warp_prefix, const int32_t* before_block, First first, F f) {
+  auto& warp = block.warp();
+  int32_t* own = counters + block.warp_index() * n_logical;
+  const int32_t* before_warp = warp_prefix + block.warp_index() * n_logical;
+  const int rows = (n_logical + kWarpSize - 1 - warp.rank()) / kWarpSize;  // of this member
+  in_order<8, true>(
+      0, rows,
+      [&](int row) {
+        const int e = row * kWarpSize + warp.rank();
+        const uint32_t start = first(e);
+        auto before = static_cast<uint32_t>(before_warp[e]);
+        if (before_block != nullptr) before += static_cast<uint32_t>(before_block[e]);
+        return before + start;
+      },
+      [&](int row, uint32_t before) { own[row * kWarpSize + warp.rank()] = static_cast<int32_t>(before); });
+  warp.sync();
+  const uint32_t lower = (uint32_t{1} << warp.rank()) - 1;
+  tokens::for_each(warp, indices, cut.of_warp(c, block.warp_index(), block.n_warps()), [&](int64_t i, Index index) {
+    const int e = tokens::expert_of(index, n_logical);
+    const uint32_t same = warp.match(static_cast<uint32_t>(e));
+    const uint32_t number = e >= 0 ? static_cast<uint32_t>(own[e]) : 0;
+    warp.sync();
+    if (e >= 0 && lowest_bit(same) == warp.rank()) own[e] = static_cast<int32_t>(number + count_bits(same));
+    warp.sync();
+    f(i, e, number + static_cast<uint32_t>(count_bits(same & lower)));
+  });
+}
+
 // Once all blocks have counted: prefix [n_blocks, n_logical] from counts per block to counts up to and with each, and
 // their totals to row [n_logical]. partial: at least as many words as the block has members, and as there are experts.
 template <class Block>

@@ -333,6 +333,16 @@ class Joint {
     return limit;
   }
 
+  // Tokens of all experts on a rank, most of them perhaps elsewhere.
+  LPLB_HD int64_t most_held(int r) const {
+    int64_t tokens = 0;
+    in_order<8, true>(
+        g_.rank_begin[r], g_.rank_begin[r + 1],
+        [&](int i) { return batch_.tokens[g_.replica_expert[g_.rank_replica[i]]]; },
+        [&](int, int64_t w) { tokens += w; });
+    return tokens;
+  }
+
   // What cannot be brought below the cap stays above it: on the ranks where the flow leaves it, or gathered on few.
   // Returns how many ranks are above.
   LPLB_HD int relieve_to(int64_t cap, bool gathered) {
@@ -344,9 +354,8 @@ class Joint {
       f.classify();
       Set stuck = Set::none();
       while (!f.relieve(stuck) && gathered) {
-        const Set over = f.over;
-        const int r = first_least(warp_, g_.n_ranks,
-                                  [&](int i) { return over.has(i) ? kMostTransferTokens - x_.load[i] : int64_t{-1}; });
+        const int r = first_least(
+            warp_, g_.n_ranks, [&](int i) { return stuck.has(i) ? kMostTransferTokens - most_held(i) : int64_t{-1}; });
         warp_.sync();
         if (warp_.rank() == 0) x_.limit[r] = joint::kNoLimit;
         warp_.sync();
@@ -393,7 +402,7 @@ class Joint {
     while (!over.empty()) {
       const int r = next_rank(over, cap, order);
       if (!(g_.shared && top_up(r, cap))) {
-        if (n_spills_ == most || !spill_one(r, cap)) return most + 1;
+        if (n_spills_ == most || !(spill_one(r, cap) || pass_on(r, cap))) return most + 1;
       }
       if (x_.load[r] <= cap) over.drop(r);
     }
@@ -468,6 +477,63 @@ class Joint {
     warp_.sync();
     if (!is_open(j, cap)) open_.drop(j);
     if (is_open(r, cap)) open_.add(r);  // a guest's minimum was more than the excess
+    return true;
+  }
+
+  // A guest on a rank `via` that has a free slot, and no room: it passes on as many tokens of its own to one that
+  // relieves it already, whose rank has room but no slot. False where there is none.
+  LPLB_HD bool pass_on(int r, int64_t cap) {
+    const int begin = g_.rank_begin[r], n = g_.rank_begin[r + 1] - begin;
+    const auto next_of = [&](int via) {  // what `via` can pass on to, and how much
+      Spill best{-1, -1, 0};
+      LPLB_LOOP
+      for (int i = 0; i < n_spills_; ++i) {
+        const Spill& spill = x_.spills[i];
+        if (g_.replica_rank[spill.copy] != via || spill.rank == r) continue;
+        const int64_t tokens = joint::least(cap - x_.load[spill.rank], x_.y[spill.copy]);
+        if (tokens > best.tokens) best = {i, spill.rank, tokens};
+      }
+      return best;
+    };
+    const auto copy_for = [&](int via) {  // what of r goes there: of its experts that with most tokens
+      int best = -1;
+      LPLB_LOOP
+      for (int i = begin; i < begin + n; ++i) {
+        const int c = g_.rank_replica[i];
+        const bool closed = Set::read(x_.closed + kWords * g_.replica_expert[c]).has(via);
+        if (!closed && x_.y[c] >= room_ && (best < 0 || x_.y[c] > x_.y[best])) best = c;
+      }
+      return best;
+    };
+    const int64_t excess = x_.load[r] - cap;
+    const int via = first_least(warp_, p_.n_ranks, [&](int i) {
+      if (i == r || x_.load[i] > cap || x_.used[i] >= p_.n_slots) return int64_t{-1};
+      const int c = copy_for(i);
+      if (c < 0) return int64_t{-1};
+      const int64_t tokens = joint::least(joint::least(excess, x_.y[c]), next_of(i).tokens);
+      return tokens >= room_ ? kMostTransferTokens - tokens : int64_t{-1};
+    });
+    if (via == p_.n_ranks) return false;
+    const int c = copy_for(via);
+    const Spill next = next_of(via);
+    const int64_t tokens = joint::least(joint::least(excess, x_.y[c]), next.tokens);
+    warp_.sync();  // everybody has read them
+    if (warp_.rank() == 0) {
+      Spill& spill = x_.spills[next.copy];
+      x_.y[spill.copy] -= tokens;
+      spill.tokens += tokens;
+      x_.load[next.rank] += tokens;
+      x_.y[c] -= tokens;
+      x_.load[r] -= tokens;
+      ++x_.used[via];
+      uint64_t* closed = x_.closed + kWords * g_.replica_expert[c];
+      Set now = Set::read(closed);
+      now.add(via);
+      now.write(closed);
+      x_.spills[n_spills_] = {c, via, tokens};
+    }
+    ++n_spills_;
+    warp_.sync();
     return true;
   }
 

@@ -63,11 +63,13 @@ enum class Split : int32_t { plain = 0, local_first = 1 };
 
 // Who sends how many tokens: rank r's of logical expert e at first[r·stride + e]. A node is ranks_per_node consecutive
 // ranks; 0 where the one row is tokens of no rank in particular.
-struct Sources {
-  const int32_t* first;
+template <class Count>
+struct BasicSources {
+  const Count* first;
   int64_t stride;
   int n_ranks, ranks_per_node;
 };
+using Sources = BasicSources<int32_t>;
 
 // A group with fewer tokens than `least`, of these sources, is not solved: it takes the fixed split. 0 solves all.
 struct Fewest {

@@ -11,15 +11,26 @@
 namespace lplb {
 inline namespace LPLB_ISA {
 
-LPLB_HD inline int64_t tokens_of(const Sources& from, int r, int e) { return from.first[r * from.stride + e]; }
-LPLB_HD inline int node_of(const Sources& from, int r) { return r / from.ranks_per_node; }
-LPLB_HD inline int node_begin(const Sources& from, int node) { return node * from.ranks_per_node; }
-LPLB_HD inline int node_end(const Sources& from, int node) {
+template <class Count>
+LPLB_HD inline int64_t tokens_of(const BasicSources<Count>& from, int r, int e) {
+  return from.first[r * from.stride + e];
+}
+template <class Count>
+LPLB_HD inline int node_of(const BasicSources<Count>& from, int r) {
+  return r / from.ranks_per_node;
+}
+template <class Count>
+LPLB_HD inline int node_begin(const BasicSources<Count>& from, int node) {
+  return node * from.ranks_per_node;
+}
+template <class Count>
+LPLB_HD inline int node_end(const BasicSources<Count>& from, int node) {
   const int end = (node + 1) * from.ranks_per_node;
   return end < from.n_ranks ? end : from.n_ranks;
 }
 
-// The copies of one expert in slot order, at most one on each rank. quotas [n_physical] are the plan's.
+// The copies of one expert in slot order, at most one on each rank. quotas [n_physical] are the plan's. What follows
+// takes anything for copies that has its members but slot and slots_per_rank: ranges.h has another.
 struct Copies {
   int expert, n;
   const int32_t* slot;  // [n]
@@ -50,12 +61,14 @@ struct Node {
 };
 
 // What copy i takes of its own rank's tokens.
-LPLB_HD inline int64_t kept(const Sources& from, const Copies& of, int i) {
+template <class From, class Of>
+LPLB_HD inline int64_t kept(const From& from, const Of& of, int i) {
   return least(tokens_of(from, of.rank(i), of.expert), of.quota(i));
 }
 
 // copies_begin: the node's first copy, or a later node's.
-LPLB_HD inline Node node_at(const Sources& from, const Copies& of, int node, int copies_begin) {
+template <class From, class Of>
+LPLB_HD inline Node node_at(const From& from, const Of& of, int node, int copies_begin) {
   Node out{0, 0, copies_begin};
   const int end = node_end(from, node);
   LPLB_UNROLL_16
@@ -72,13 +85,14 @@ LPLB_HD inline Node node_at(const Sources& from, const Copies& of, int node, int
 
 // The fixed split, for tokens that no plan speaks of: the copy on the source's rank; else those of its node; else all;
 // the same weight each. Sources begin at different copies.
+template <class From, class Of>
 struct FixedShares {
-  const Sources& from;
-  const Copies& of;
+  const From& from;
+  const Of& of;
   int source;
   bool on_rank = false, on_node = false;
 
-  LPLB_HD FixedShares(const Sources& from, const Copies& of, int source) : from(from), of(of), source(source) {
+  LPLB_HD FixedShares(const From& from, const Of& of, int source) : from(from), of(of), source(source) {
     for (int i = 0; i < of.n && from.ranks_per_node > 0; ++i) {
       on_rank = on_rank || of.rank(i) == source;
       on_node = on_node || node_of(from, of.rank(i)) == node_of(from, source);
@@ -129,8 +143,8 @@ LPLB_HD inline void add_fixed_shares(const Sources& from, const Copies& of, Add 
 //
 // Where a node's tokens are more than its copies take, or the other way round, both are numbered, tokens by source and
 // room by copy, and meet in that order; what is left meets in the same way over all nodes.
-template <class Put>
-LPLB_HD inline int64_t own_shares(const Sources& from, const Copies& of, int source, Split split, Put put) {
+template <class From, class Of, class Put>
+LPLB_HD inline int64_t own_shares(const From& from, const Of& of, int source, Split split, Put put) {
   using shares::Interval;
   int64_t all = 0;
   for (int i = 0; i < of.n; ++i) all += of.quota(i);

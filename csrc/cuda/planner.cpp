@@ -23,7 +23,7 @@ SolveKernel kernel_for(const std::string& algebra, int n_ranks) {
   return builtin_kernel(n_ranks);
 }
 
-constexpr size_t kStatic = 64;  // bytes that a kernel may have beside its dynamic shared memory
+}  // namespace
 
 void check_fits(const std::string& what, size_t needed, int64_t allowed) {
   if (static_cast<int64_t>(needed) > allowed)
@@ -32,7 +32,13 @@ void check_fits(const std::string& what, size_t needed, int64_t allowed) {
                                 " per block");
 }
 
-}  // namespace
+Blocks token_blocks(int64_t n, int most, int warps) {
+  const int64_t wanted =
+      std::clamp((n + kTokensPerBlock - 1) / kTokensPerBlock, int64_t{1}, int64_t{std::max(1, most)});
+  const int64_t row = int64_t{kWarpSize} * warps;  // every warp has as many tokens, but for the last block
+  const int64_t length = std::max(row, (n + wanted * row - 1) / (wanted * row) * row);
+  return {static_cast<int>(std::max(int64_t{1}, (n + length - 1) / length)), length};
+}
 
 Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks, int group_size,
                  const std::vector<double>& speed, const std::string& algebra, int64_t shared_bytes, int sms)
@@ -48,9 +54,10 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
       solve_shared_(solve_shared(tables_.groups, kernel_.threads)) {
   check_fits("a group of " + std::to_string(group_size) + " ranks and " +
                  std::to_string(n_physical_ / (n_ranks / group_size)) + " physical experts (" + kernel_.algebra + ")",
-             kStatic + solve_shared_, shared_bytes);
+             kStaticShared + solve_shared_, shared_bytes);
   const auto token_bytes = [&](int warps) {
-    return kStatic + std::max(count_shared(n_logical, warps), assign_shared(n_logical, tables_.slots.n_copies, warps));
+    return kStaticShared +
+           std::max(count_shared(n_logical, warps), assign_shared(n_logical, tables_.slots.n_copies, warps));
   };
   while (warps_ > 1 && static_cast<int64_t>(token_bytes(warps_)) > shared_bytes) warps_ /= 2;
   check_fits("mapping tokens of " + std::to_string(n_logical) + " logical experts with " +
@@ -72,13 +79,7 @@ Planner::Planner(const std::vector<int32_t>& phy2log, int n_logical, int n_ranks
   scratch_.bytes = used;
 }
 
-Blocks Planner::blocks(int64_t n, int n_sms) const {
-  const int64_t most = std::max(1, std::min(n_sms, sms_));
-  const int64_t wanted = std::clamp((n + kTokensPerBlock - 1) / kTokensPerBlock, int64_t{1}, most);
-  const int64_t row = int64_t{kWarpSize} * warps_;  // every warp has as many tokens, but for the last block
-  const int64_t length = std::max(row, (n + wanted * row - 1) / (wanted * row) * row);
-  return {static_cast<int>(std::max(int64_t{1}, (n + length - 1) / length)), length};
-}
+Blocks Planner::blocks(int64_t n, int n_sms) const { return token_blocks(n, std::min(n_sms, sms_), warps_); }
 
 std::vector<Launch> Planner::launches(int64_t n, int n_sms, int64_t batch) const {
   const int threads = warps_ * kWarpSize, blocks = this->blocks(n, n_sms).count;

@@ -25,6 +25,14 @@ struct Blocks {
   int64_t length;  // tokens per block
 };
 
+// How tokens are cut for count and for what maps them.
+Blocks token_blocks(int64_t n, int most, int warps);
+
+inline constexpr size_t kStaticShared = 64;  // bytes that a kernel may have beside its dynamic shared memory
+
+// Throws std::invalid_argument where `what` needs more shared memory than is allowed.
+void check_fits(const std::string& what, size_t needed, int64_t allowed);
+
 class Planner {
  public:
   // shared_bytes: what one block may have. sms: most blocks of count and assign. Throws std::invalid_argument for what

@@ -4,36 +4,11 @@
 #include <limits>
 #include <stdexcept>
 
+#include "image.h"
+
 namespace lplb::cuda {
 
 namespace {
-
-constexpr size_t kAlign = 16;
-
-// Appends arrays to an image, each on a boundary of 16 bytes.
-class Image {
- public:
-  explicit Image(std::vector<std::byte>& bytes) : bytes_(bytes) {}
-
-  size_t size() const { return bytes_.size(); }
-  size_t room(size_t bytes) {
-    const size_t at = bytes_.size();
-    bytes_.resize(at + (bytes + kAlign - 1) / kAlign * kAlign);
-    return at;
-  }
-  template <class To, class From>
-  size_t add(const From* values, size_t n) {
-    const size_t at = room(n * sizeof(To));
-    for (size_t i = 0; i < n; ++i) {
-      const To value = static_cast<To>(values[i]);
-      std::memcpy(&bytes_[at + i * sizeof(To)], &value, sizeof value);
-    }
-    return at;
-  }
-
- private:
-  std::vector<std::byte>& bytes_;
-};
 
 DeviceGroup add_group(Image& image, const Group& g) {
   constexpr int kMost = std::numeric_limits<uint16_t>::max();
