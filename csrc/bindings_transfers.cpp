@@ -33,6 +33,13 @@ int64_t joint(Transfers& t, const Counts& counts, double tolerance, int64_t max_
                  arrays);
 }
 
+int64_t llep(Transfers& t, const Counts& counts, double alpha, int64_t m, double lam, bool compat, int64_t max_tokens,
+             const Arrays& out) {
+  const lplb::TransferArrays arrays = arrays_at(out);
+  py::gil_scoped_release release;
+  return t.llep(counts_at(counts), {alpha, m, lam, compat, max_tokens}, arrays);
+}
+
 std::pair<int64_t, int> front(Transfers& t, const Counts& counts, int max_transfers, int64_t min_tokens, Address held,
                               Address max_load, Address transfers, int capacity) {
   int n = 0;
@@ -54,6 +61,8 @@ void add_transfers(py::module_& m) {
       .def_property_readonly("rows", [](const Transfers& t) { return t.problem().n_rows; })
       .def("joint", &joint, py::arg("counts"), py::arg("tolerance"), py::arg("max_tokens"), py::arg("max_transfers"),
            py::arg("min_tokens"), py::arg("held"), py::arg("out"))
+      .def("llep", &llep, py::arg("counts"), py::arg("alpha"), py::arg("m"), py::arg("lam"), py::arg("compat"),
+           py::arg("max_tokens"), py::arg("out"))
       .def("front", &front, py::arg("counts"), py::arg("max_transfers"), py::arg("min_tokens"), py::arg("held"),
            py::arg("max_load"), py::arg("transfers"), py::arg("capacity"));
 }

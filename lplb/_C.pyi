@@ -461,6 +461,22 @@ class CpuTransfers:
         allow. -1 is no limit. ``min_tokens``: of a guest that a transfer brings. ``held``: int32 ``[n_ranks, slots]``,
         what guest slots hold from before."""
 
+    def llep(
+        self,
+        counts: _Counts,
+        alpha: float,
+        m: int,
+        lam: float,
+        compat: bool,
+        max_tokens: int,
+        out: _TransferArrays,
+    ) -> int:
+        """Least-loaded assignment (csrc/core/llep.h): no rank has more than ``max(1, int(alpha * (tokens //
+        n_ranks)))``, or all tokens where there are fewer than ranks, or ``max_tokens``, -1 for no limit, if that can
+        be. Nothing travels where the busiest rank of plain expert parallelism has less than ``lam`` means, and no more
+        than ``max_tokens``. ``m``: tokens that a guest has at least. ``compat``: as published, where the last chunk of
+        an expert may be smaller."""
+
     def front(
         self,
         counts: _Counts,

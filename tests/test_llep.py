@@ -70,9 +70,12 @@ class Plan:
     bound: float
 
     def bits(self) -> bytes:
-        return b"".join(
-            x.tobytes() for x in (self.quota, self.rank_load, self.transfers, self.guests, np.array([self.bound]))
-        ) + repr(self.numbers).encode()
+        return (
+            b"".join(
+                x.tobytes() for x in (self.quota, self.rank_load, self.transfers, self.guests, np.array([self.bound]))
+            )
+            + repr(self.numbers).encode()
+        )
 
 
 NUMBERS = ("transfers", "max_load", "tokens", "cap", "feasible", "least", "sends", "receives")
@@ -338,8 +341,7 @@ def test_a_cap_that_no_plan_keeps_gives_way_to_the_mean() -> None:
     assert (plan.numbers["cap"], plan.numbers["feasible"]) == (1001, 0)
 
 
-
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("limits", [False, True], ids=["unlimited", "limited"])
 def test_corrected_keeps_every_rule(seed: int, limits: bool) -> None:
     for case in cases(1000 + seed, 300, limits):
@@ -347,7 +349,7 @@ def test_corrected_keeps_every_rule(seed: int, limits: bool) -> None:
         assert worth(case, plan, check_plan(case, plan)), f"{case}: {plan}"
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("limits", [False, True], ids=["unlimited", "limited"])
 def test_corrected_keeps_the_cap_where_a_published_plan_within_the_rules_does(seed: int, limits: bool) -> None:
     kept = 0

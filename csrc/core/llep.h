@@ -42,9 +42,6 @@ namespace llep {
 
 inline constexpr double kMostTokens = 4611686018427387904.0;  // 2^62: more than any cap needs
 
-LPLB_HD inline int64_t lesser(int64_t a, int64_t b) { return b < a ? b : a; }
-LPLB_HD inline int64_t greater(int64_t a, int64_t b) { return b > a ? b : a; }
-
 // ⌊α·⌊tokens / n_ranks⌋⌋ as float64 has it; all tokens where there are fewer than ranks.
 LPLB_HD inline int64_t cap_of(const LlepRules& rules, int64_t tokens, int n_ranks) {
   const int64_t mean = tokens / n_ranks;
@@ -116,8 +113,8 @@ struct Assignment {
   LPLB_HD int64_t max_load() const {
     int64_t most = 0;
     LPLB_LOOP
-    for (int r = warp.rank(); r < p.n_ranks; r += warp.size()) most = greater(most, loads[r]);
-    return fold(warp, most, greater);
+    for (int r = warp.rank(); r < p.n_ranks; r += warp.size()) most = joint::most(most, loads[r]);
+    return fold(warp, most, [](int64_t a, int64_t b) { return joint::most(a, b); });
   }
 
   // Experts in their order
@@ -150,7 +147,8 @@ struct Assignment {
       if (e != kNone && (next == kNone || is_before(e, next))) next = e;
     }
     if (Warp::kSolo) return next;
-    const int64_t most = fold(warp, next != kNone ? tokens[next] : -1, greater);
+    const int64_t most =
+        fold(warp, next != kNone ? tokens[next] : -1, [](int64_t a, int64_t b) { return joint::most(a, b); });
     if (most < 0) return kNone;
     constexpr int32_t kLast = INT32_MAX;
     return fold(warp, next != kNone && tokens[next] == most ? next : kLast, [](int a, int b) { return b < a ? b : a; });
@@ -176,7 +174,7 @@ struct Assignment {
   LPLB_HD int64_t keep(int e) {
     const int home = p.home(e);
     const int64_t room = limit - (load(home) - tokens[e]);
-    const int64_t kept = greater(0, lesser(room, tokens[e]));
+    const int64_t kept = joint::most(0, joint::least(room, tokens[e]));
     add(e, home, kept - tokens[e]);
     return kept;
   }
@@ -201,7 +199,7 @@ struct Assignment {
       const int64_t room = limit - load(to);
       int64_t chunk = rest;
       if (room > 0 && (room >= rest || room >= m))
-        chunk = lesser(room, rest);
+        chunk = joint::least(room, rest);
       else if (kept == 0)
         to = first;
       if (serving.has(to))
@@ -228,7 +226,7 @@ struct Assignment {
     LPLB_LOOP
     while (s.rest > 0) {
       const int r = least_loaded(s.resident);
-      const int64_t chunk = lesser(s.rest, limit - load(r));
+      const int64_t chunk = joint::least(s.rest, limit - load(r));
       if (chunk <= 0) return;
       add(s.expert, r, chunk);
       s.rest -= chunk;
@@ -243,7 +241,7 @@ struct Assignment {
       const int from = first_least(warp, p.n_ranks, [&](int i) {
         return s.resident.has(i) && quota(s.expert, i) > 0 ? kMostTransferTokens - loads[i] : -1;
       });
-      const int64_t chunk = lesser(n - s.rest, warp.get(mine(from) ? quota(s.expert, from) : 0, keeper(from)));
+      const int64_t chunk = joint::least(n - s.rest, warp.get(mine(from) ? quota(s.expert, from) : 0, keeper(from)));
       add(s.expert, from, -chunk);
       s.rest += chunk;
       s.kept -= chunk;
@@ -257,8 +255,8 @@ struct Assignment {
   // What the best host, with `room`, gets: all it can take, or less, so that the rest is worth another guest. Where
   // that is more than `least` it leaves room for no further guest; so guests are at most as many as experts and ranks.
   LPLB_HD int64_t chunk_for(const Spill& s, int host, int64_t room) const {
-    if (room >= s.rest) return greater(s.rest, least);
-    const int64_t shorter = greater(s.rest - least, least);
+    if (room >= s.rest) return joint::most(s.rest, least);
+    const int64_t shorter = joint::most(s.rest - least, least);
     if (s.rest - room >= least || shorter + least - s.rest > s.kept) return room;
     Set others = s.hosts.without(full);
     others.drop(host);
@@ -283,7 +281,7 @@ struct Assignment {
     const int holder = least_loaded(s.serving), host = s.rest + s.kept >= least ? best_host(s) : p.n_ranks;
     if (is_rank(host)) {
       const int64_t above = load(holder) + s.rest, below = load(host);
-      const int64_t chunk = greater(least, lesser(s.rest, (above - below + 1) / 2));
+      const int64_t chunk = joint::most(least, joint::least(s.rest, (above - below + 1) / 2));
       if (below + chunk < above) send(s, host, chunk);
     }
     add(s.expert, holder, s.rest);
@@ -347,7 +345,6 @@ struct Assignment {
 template <int kWords, class Warp>
 LPLB_HD inline void llep_plan(Warp& warp, const TransferProblem& p, const LlepRules& rules, const int64_t* tokens,
                               const JointSpace& x, const TransferArrays& out) {
-  using llep::greater;
   const TransferBatch batch{tokens, nullptr};
   const joint::Level bound = Joint<kWords, Warp>(warp, p, {}, batch, x).bound();
   const int64_t all = whole_sum(warp, p.n_experts, [&](int e) { return tokens[e]; });
@@ -360,15 +357,15 @@ LPLB_HD inline void llep_plan(Warp& warp, const TransferProblem& p, const LlepRu
                                    {x.used, x.start_used, x.guests},
                                    out.quota,
                                    out.rank_load,
-                                   rules.compat ? cap : greater(cap, bound.whole()),
-                                   greater(rules.m, 1),
+                                   rules.compat ? cap : joint::most(cap, bound.whole()),
+                                   joint::most(rules.m, 1),
                                    0,
                                    {}};
   a.stay_home();
   const int64_t most = a.max_load();
   const bool is_even = all == 0 || static_cast<double>(most) / (static_cast<double>(all) / p.n_ranks) < rules.lam;
   if (is_even && (rules.max_tokens < 0 || most <= rules.max_tokens))
-    cap = greater(cap, most);
+    cap = joint::most(cap, most);
   else if (rules.compat)
     a.relieve_as_published(rules.m);
   else

@@ -85,6 +85,16 @@ int64_t Transfers::joint(const TransferCounts& counts, const JointRules& rules, 
   return kPlanned;
 }
 
+int64_t Transfers::llep(const TransferCounts& counts, const LlepRules& rules, const TransferArrays& out) {
+  const int64_t refused = sum(counts);
+  if (refused != kPlanned) return refused;
+  with_width(problem(), [&](auto words) {
+    Solo warp;
+    llep_plan<words()>(warp, problem(), rules, tokens_.data(), space(false), out);
+  });
+  return kPlanned;
+}
+
 int64_t Transfers::front(const TransferCounts& counts, const JointRules& rules, const int32_t* held, int64_t* max_load,
                          int32_t* transfers, int capacity, int* n_points) {
   const int64_t refused = sum(counts);

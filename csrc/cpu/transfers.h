@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "../core/joint.h"
+#include "../core/llep.h"
 
 namespace lplb::cpu {
 
@@ -26,6 +26,8 @@ class Transfers {
   const TransferProblem& problem() const { return tables_.problem(); }
 
   int64_t joint(const TransferCounts& counts, const JointRules& rules, const int32_t* held, const TransferArrays& out);
+
+  int64_t llep(const TransferCounts& counts, const LlepRules& rules, const TransferArrays& out);
 
   // How many points of the front there are, in n_points; at most `capacity`.
   int64_t front(const TransferCounts& counts, const JointRules& rules, const int32_t* held, int64_t* max_load,

@@ -7,6 +7,7 @@ from typing import NamedTuple, SupportsIndex
 
 import torch
 
+from lplb import _C
 from lplb.arguments import check_indices, whole_number
 from lplb.routes import RangeRouter
 from lplb.transfers.residents import Residents
@@ -14,7 +15,7 @@ from lplb.weights.moves import Move
 
 __all__ = ["ParetoFront", "ParetoPoint", "TransferPlan"]
 
-N_NUMBERS = 8
+N_NUMBERS = _C.transfer_numbers
 N_TRANSFERS, MAX_LOAD, TOKENS, CAP, FEASIBLE, LEAST, MOST_SENDS, MOST_RECEIVES = range(N_NUMBERS)
 """What stands where in `TransferPlan.numbers`, as csrc/core/transfer_problem.h has it."""
 

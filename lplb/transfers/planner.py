@@ -24,7 +24,7 @@ from lplb.transfers.settings import MOST_BATCH, Costs, checked_costs, checked_ma
 __all__ = ["TransferPlanner"]
 
 _Table = tuple[int, int, int, int]
-"""Counts as the core reads them: address, bytes of one, rows, and elements from row to row."""
+"""Counts as the core reads them: address, bytes of one, rows, and how many counts apart these begin."""
 
 _BYTES = {torch.int32: 4, torch.int64: 8}
 _OTHER_SETTINGS = (
@@ -295,7 +295,7 @@ class TransferPlanner:
         """
         rows, table = self._checked_counts(counts)
         kept = None if held is None else self._checked_held(held)
-        pairs = self._front(rows, table, 0 if kept is None else kept.data_ptr())
+        pairs = self._front(rows, table, 0 if kept is None else kept.data_ptr(), -1)
         return points(pairs, int(rows.sum(dtype=torch.int64)), self.n_ranks, self.expert_bytes)
 
     def _plan(self, counts: torch.Tensor, held: torch.Tensor | None) -> TransferPlan:
@@ -317,12 +317,12 @@ class TransferPlanner:
         if not auto:
             most = self._joint(counts, table, held, most, "joint").n_transfers
         replicas = self._joint(counts, table, held, 0, "replicas")
-        front = [] if most == 0 else self._front(counts, table, held)
+        front = self._front(counts, table, held, most)
         return quickest(
             costs,
             replicas,
             lambda k: self._joint(counts, table, held, k, "joint"),
-            [pair for pair in front if pair[0] > 0 and (most < 0 or pair[0] <= most)],
+            [pair for pair in front if pair[0] > 0],
             self._max_tokens,
             plain=auto,
         )
@@ -332,7 +332,7 @@ class TransferPlanner:
         memory = torch.empty(self._words, dtype=torch.int64)
         at = self._addresses(memory.data_ptr())
         with self._lock:
-            wrong = self._core.joint(*table, settings.tolerance, self._cap, max_transfers, settings.m, held, at)
+            wrong = self._core.joint(table, settings.tolerance, self._cap, max_transfers, settings.m, held, at)
         if wrong:
             _refuse(counts, wrong)
         return self._planned(memory, counts, name)
@@ -342,17 +342,20 @@ class TransferPlanner:
         memory = torch.empty(self._words, dtype=torch.int64)
         at = self._addresses(memory.data_ptr())
         with self._lock:
-            wrong = self._core.llep(*table, settings.alpha, settings.m, settings.lam, settings.compat, self._cap, at)
+            wrong = self._core.llep(table, settings.alpha, settings.m, settings.lam, settings.compat, self._cap, at)
         if wrong:
             _refuse(counts, wrong)
         return self._planned(memory, counts, "llep")
 
-    def _front(self, counts: torch.Tensor, table: _Table, held: int) -> list[tuple[int, int]]:
+    def _front(self, counts: torch.Tensor, table: _Table, held: int, max_transfers: int) -> list[tuple[int, int]]:
         """Transfers and largest loads."""
         capacity = self._frame.rows + 1
         most, transfers = np.empty(capacity, dtype=np.int64), np.empty(capacity, dtype=np.int32)
+        arrays = most.ctypes.data, transfers.ctypes.data, capacity
         with self._lock:
-            found = self._core.front(*table, self._settings.m, held, most.ctypes.data, transfers.ctypes.data, capacity)
+            wrong, found = self._core.front(table, max_transfers, self._settings.m, held, *arrays)
+        if wrong:
+            _refuse(counts, wrong)
         return list(zip(transfers[:found].tolist(), most[:found].tolist(), strict=True))
 
     def _addresses(self, at: int) -> tuple[int, int, int, int, int, int]:

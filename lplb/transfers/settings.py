@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import SupportsIndex
 
+from lplb import _C
 from lplb.arguments import check_divides, real_number, whole_number
 from lplb.cost import HARDWARE, Hardware
 from lplb.models import ModelShape
@@ -13,7 +14,7 @@ __all__ = ["STRATEGIES", "Settings"]
 STRATEGIES = ("llep", "joint", "auto")
 """LLEP's least-loaded assignment; replicas and transfers decided together; what the cost model says is quickest."""
 
-MOST_BATCH = 2**52 - 1
+MOST_BATCH = _C.most_transfer_tokens - 1
 """Most tokens of a batch: sums stay exact in float64."""
 _LLEP_M = 1024  # as published
 _MOST_RATIO = 1000.0  # no batch has a larger imbalance than its ranks, 128 at most
