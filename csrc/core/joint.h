@@ -102,6 +102,7 @@ class Joint : PresentCopies<kWords, Warp> {
 
   // Spills down to the cap. Returns the number of transfers, most + 1 where it takes more than `most`, or does not go.
   LPLB_HD int spill(int64_t cap, Order order, int most) {
+    warp_.sync();  // of the try before everybody has read all
     warp_.each(g_.n_copies, [&](int c) { x_.y[c] = x_.start_y[c]; });
     warp_.each(g_.n_ranks, [&](int r) {
       x_.load[r] = x_.start_load[r];
@@ -145,6 +146,7 @@ class Joint : PresentCopies<kWords, Warp> {
   // More tokens for the guests that there are: they cost nothing. Whether the rank is below the cap then. Only where
   // experts have several copies: otherwise a guest has taken all that it could.
   LPLB_HD bool top_up(int r, int64_t cap) {
+    warp_.sync();
     if (warp_.rank() == 0) {
       LPLB_LOOP
       for (int i = 0; i < n_spills_ && x_.load[r] > cap; ++i) {
@@ -309,6 +311,7 @@ class Joint : PresentCopies<kWords, Warp> {
   // Tokens between guests and the copies that they relieve, so that neither rank has more than it need: below the cap
   // there is room that costs no transfer.
   LPLB_HD void even_out() {
+    warp_.sync();
     if (warp_.rank() == 0) {
       LPLB_LOOP
       for (int i = 0; i < 3 * n_spills_; ++i) {
