@@ -29,7 +29,7 @@ RUN, SOLVE_PROBS, RUN_LAGGED = METHODS = 0, 1, 2
 """Collective methods of a planner by number, so that ranks that call different ones find out."""
 
 LAYER = 3
-"""The exchange of split sizes in `lplb.nn`."""
+"""The exchanges of counts and of split sizes in `lplb.nn`."""
 
 AGREE, MESSAGE, REBALANCE = -1, -2, -3
 """What is sent besides: settings, what a rank that refused its input has to say, and what `lplb.dynamic` is up to."""
@@ -38,6 +38,7 @@ _NAMES = {
     RUN: "run",
     RUN_LAGGED: "run with lag=1",
     SOLVE_PROBS: "solve_probs",
+    LAYER: "counting a layer's choices",
     AGREE: "an agreement (constructors, update_redundancy_mapping, init_from_deep_ep, lplb.weights, lplb.dynamic)",
     MESSAGE: "telling the other ranks what one refused",
     REBALANCE: "rebalancing",

@@ -15,6 +15,7 @@ without a balancer, up to the order in which the gradient of a weight adds its t
 import copy
 import itertools
 import weakref
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,18 +25,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lplb import exchange, ops
-from lplb.arguments import check_divides, seen, whole_number
-from lplb.exchange import Exchange
+from lplb.arguments import seen, whole_number
+from lplb.guests import GuestSlots, check_guests
+from lplb.layer_settings import check_balancer, checked_dtype, first_placement
+from lplb.lending import Lender, Lent, Loan
 from lplb.placement import Placement
 from lplb.planner import Planner
 from lplb.recompute import keep_routes, settled
 from lplb.rows import all_to_all, grouped, has_grouped_matmul, inverse, one_by_one, permuted
 from lplb.slots import SlotWeights, homes_kept, moves_to_homes
+from lplb.transfers import TransferPlanner
 from lplb.weights import Move, Moved
 
-__all__ = ["ExpertParallelMoE", "Route", "keep_routes"]
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+__all__ = ["ExpertParallelMoE", "GuestSlots", "Route", "keep_routes"]
 
 
 class Route(NamedTuple):
@@ -54,7 +56,9 @@ class Route(NamedTuple):
     receive: list[int]
     """Rows from each rank."""
     received: Tensor
-    """Rows from each rank for each slot of this rank, int64 ``[ranks, slots]`` on the CPU."""
+    """Rows from each rank for each slot of this rank, int64 ``[ranks, slots]`` on the CPU; guest slots are the last."""
+    loan: Loan | None = None
+    """Which experts are lent to which ranks; only with transfers."""
 
 
 class ExpertParallelMoE(nn.Module):
@@ -75,11 +79,17 @@ class ExpertParallelMoE(nn.Module):
     given `expert_fields`. The router is the same on every rank; adding up its gradients is the business of data
     parallelism.
 
+    With ``transfers`` every batch is planned from the counts of all ranks, and experts travel to other ranks for that
+    batch where it takes them: see `lplb.lending`. What a token gets does not change. After a backward pass an expert's
+    gradient at home has those of its guests added, in the order of ranks and in float32 at least. Forward and backward
+    passes of all layers that share guest slots come in one order on all ranks.
+
     Weights are drawn uniformly within 1 / sqrt(fan-in) from the device's default generator, for all experts in order on
     every rank: ranks that start from the same seed hold the parts of one model, the same for any number of ranks.
 
     `torch.compile` leaves no graph break with ``torch._dynamo.config.capture_scalar_outputs = True``; without it there
     are some where split sizes are read. So it is with torch 2.13; torch 2.4 runs the layer, and compiles parts of it.
+    With transfers there is a break around the layer, which runs as it is.
 
     Args:
         hidden_size: features of a token.
@@ -94,6 +104,10 @@ class ExpertParallelMoE(nn.Module):
             exchange is then raised by the next `forward`.
         device: where weights and tokens are; by default torch's default device.
         dtype: of weights and tokens, float16, bfloat16, float32 or float64; by default torch's default dtype.
+        transfers: instead of a balancer, a planner of transfers without a group, for the same experts and ranks and
+            with as many residents on every rank. No rank receives more rows than its ``max_tokens``, if that is not
+            ``None``: a batch that needs more is refused on all ranks before anything travels. See `tokens_within`.
+        guests: where experts stay that come for a batch; with transfers only, and shared by any number of layers.
 
     Raises:
         TypeError, ValueError: an argument is not allowed, on any rank, or differs from rank to rank.
@@ -119,6 +133,8 @@ class ExpertParallelMoE(nn.Module):
         lag: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        transfers: TransferPlanner | None = None,
+        guests: GuestSlots | None = None,
     ) -> None:
         """See the class."""
         super().__init__()
@@ -132,22 +148,29 @@ class ExpertParallelMoE(nn.Module):
             self.top_k = whole_number("top_k", top_k, 1, self.n_experts)
             self.lag = whole_number("lag", lag, 0, 1)
             with torch.inference_mode(False):
-                router = torch.empty(self.n_experts, self.hidden_size, device=device, dtype=_checked_dtype(dtype))
-            _check_balancer(balancer, self._ranks, self.n_experts, router.device)
+                router = torch.empty(self.n_experts, self.hidden_size, device=device, dtype=checked_dtype(dtype))
+            check_balancer(balancer, self._ranks, self.n_experts, router.device, transfers)
+            if transfers is not None or guests is not None:
+                check_guests(transfers, guests, self.n_experts, self._ranks, (self.hidden_size, self.ffn_size), router)
             self.router = nn.Parameter(router)
-            self.placement, self.home = _placement_of(balancer, self.n_experts, self._ranks.size)
+            self.placement, self.home = first_placement(balancer, self.n_experts, self._ranks.size, transfers)
             self.experts = self._slots(self.placement, self.home)
             self.reset_parameters()
 
         settings = (
             f"hidden_size {hidden_size}, ffn_size {ffn_size}, n_experts {n_experts}, top_k {top_k}, lag {lag}, dtype "
             f"{dtype or torch.get_default_dtype()}, {'no balancer' if balancer is None else 'a balancer'}"
+            f"{'' if transfers is None else ', transfers'}"
         )
         exchange.together(
             self._ranks, build, lambda _: exchange.fingerprint(settings, self.home.tolist()), settings=settings
         )
         self.balancer = balancer
         self.received = None
+        self.transfers = transfers
+        self._lender: Lender | None = None
+        if transfers is not None and guests is not None:
+            self._lender = Lender(transfers, guests, self.experts, self.home, self._ranks)
         self._handle = _handle_of(self)
 
     # ---- weights
@@ -189,9 +212,11 @@ class ExpertParallelMoE(nn.Module):
         """
 
         def check() -> tuple[Placement, Tensor, SlotWeights]:
-            _check_balancer(balancer, self._ranks, self.n_experts, self.router.device)
+            if self._lender is not None:
+                raise ValueError("the layer has transfers, allowed is a layer without them: make another")
+            check_balancer(balancer, self._ranks, self.n_experts, self.router.device)
             self.experts.check_trained_alike()
-            placement, home = _placement_of(balancer, self.n_experts, self._ranks.size)
+            placement, home = first_placement(balancer, self.n_experts, self._ranks.size)
             if placement.n_ranks == self.placement.n_ranks:
                 home = homes_kept(self.home, self.placement, placement, home)
             return placement, home, self._slots(placement, home)
@@ -243,6 +268,8 @@ class ExpertParallelMoE(nn.Module):
                 that the weights are laid out for, or ranks differ in dtype or in whether ``x`` needs gradients; on any
                 rank. Nothing has changed then, but that the balancer may have planned.
         """
+        if self._lender is not None and torch.compiler.is_compiling():
+            return _uncompiled(self.forward, x)  # type: ignore[no-any-return]
         return self.compute(x, self.route(x))
 
     def route(self, x: Tensor) -> Route:
@@ -253,15 +280,17 @@ class ExpertParallelMoE(nn.Module):
 
         Args, Raises: as `forward`.
         """
+        if self._lender is not None and torch.compiler.is_compiling():
+            return _uncompiled(self.route, x)  # type: ignore[no-any-return]
         error = self._refusal(x)
         tokens = self.router.new_empty(0, self.hidden_size) if error is not None else x.reshape(-1, self.hidden_size)
         scores = functional.linear(tokens, self.router)
         weight, expert = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).topk(self.top_k)
         settings = f"tokens of {self.router.dtype}{_gradients(x, self.experts)}"
-        slot, traffic = settled.again() or self._settle(expert, weight, settings, error)
+        slot, traffic, loan = settled.again() or self._settle(expert, weight, settings, error, x)
         send, receive = traffic.sum(2).tolist()
         weight = weight / weight.sum(-1, keepdim=True)
-        return Route(weight, slot.argsort(stable=True), send, receive, traffic[1])
+        return Route(weight, slot.argsort(stable=True), send, receive, traffic[1], loan)
 
     def compute(self, x: Tensor, route: Route) -> Tensor:
         """Send every token where its route says, and return what comes back; collective under a group.
@@ -276,16 +305,20 @@ class ExpertParallelMoE(nn.Module):
         Raises:
             TypeError, ValueError: ``x`` is not allowed.
         """
+        if self._lender is not None and torch.compiler.is_compiling():
+            return _uncompiled(self.compute, x, route)  # type: ignore[no-any-return]
         error = self._refusal(x)
         if error is not None:
             if not torch.compiler.is_compiling():
                 raise error
             return x + route.received.sum()  # traced, but not reached: `route` raises, so the graph must hold it
+        lent = None if route.loan is None else self._lend(route.loan)
         row = inverse(route.choice)  # of each choice
         rows = permuted(x.reshape(-1, self.hidden_size), route.choice, row, self.top_k)
-        rows = all_to_all(rows, route.receive, route.send, self._ranks)
-        rows = self._serve(rows, route.received)
+        rows, place, back = self._by_slot(all_to_all(rows, route.receive, route.send, self._ranks), route.received)
+        rows = permuted(self._serve(rows, route.received.sum(0), lent), place, back)
         rows = all_to_all(rows, route.send, route.receive, self._ranks)
+        rows = rows if lent is None else lent.ahead(rows)
         by_choice = permuted(rows, row, route.choice).view(-1, self.top_k, self.hidden_size)
         # Choice by choice, as the router has them: where they were served does not matter, and in float32 at least.
         out = torch.zeros((), dtype=route.weight.dtype, device=x.device)
@@ -311,20 +344,25 @@ class ExpertParallelMoE(nn.Module):
 
     # ---- between ranks
 
-    def _settle(self, expert: Tensor, weight: Tensor, settings: str, error: Exception | None) -> tuple[Tensor, Tensor]:
-        """The slot for every choice, and what `_agree` returns; an error waits until then. Collective."""
-        slot = expert
-        if self.balancer is not None:
+    def _settle(
+        self, expert: Tensor, weight: Tensor, settings: str, error: Exception | None, x: Tensor
+    ) -> tuple[Tensor, Tensor, Loan | None]:
+        """The slot for every choice, what `_agree` returns, and the loan; an error waits until then. Collective."""
+        slot, loan, n_slots = expert, None, self.placement.n_physical
+        if self._lender is not None:
+            slot, loan, settings, error = self._lender.lend(expert, x, settings, error)
+            n_slots = self._lender.n_slots
+        elif self.balancer is not None:
             try:
                 slot = self.balancer.run(expert, None, lag=self.lag)
             except (TypeError, ValueError) as problem:  # not that a rank is lost: then nothing can be agreed on
                 slot, error = torch.full_like(expert, -1), error or problem
         slot = slot.flatten()
         # A slot of -1, which the balancer gives on CUDA for a batch that another rank refused, is counted apart.
-        counts = slot.new_zeros(self.placement.n_physical + 1).scatter_add_(0, slot + 1, torch.ones_like(slot))[1:]
+        counts = slot.new_zeros(n_slots + 1).scatter_add_(0, slot + 1, torch.ones_like(slot))[1:]
         traffic = self._agree(counts.view(self._ranks.size, -1), weight, settings, error)
-        settled.note(slot, traffic)
-        return slot, traffic
+        settled.note(slot, traffic, loan)
+        return slot, traffic, loan
 
     def _agree(self, counts: Tensor, weight: Tensor, settings: str, error: Exception | None) -> Tensor:
         """Exchange the rows that ranks have for each other's slots; raise an error of one rank on all. Collective.
@@ -367,21 +405,63 @@ class ExpertParallelMoE(nn.Module):
 
     # ---- experts
 
-    def _serve(self, rows: Tensor, received: Tensor) -> Tensor:
-        """What the experts of this rank's slots make of rows that lie rank by rank, and in each slot by slot."""
+    def _lend(self, loan: Loan) -> Lent:
+        """Let guests set out, for a batch whose tokens will."""
+        assert self._lender is not None
+        return self._lender.begin(loan, [*self.expert_fields[0], *self.expert_fields[1]])
+
+    def _by_slot(self, rows: Tensor, received: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that lie rank by rank, and in each slot by slot, in the order of slots; and the way back."""
         n_ranks, n_slots = received.shape
-        per_slot = received.sum(0)
         slot = torch.arange(n_slots, device=received.device).repeat(n_ranks)
         slot = slot.repeat_interleave(received.flatten(), output_size=len(rows))  # of every row
         row = slot.to(rows.device).argsort(stable=True)
         place = inverse(row)
-        rows = permuted(rows, row, place)
-        if has_grouped_matmul(rows, self.ffn_size):
+        return permuted(rows, row, place), place, row
+
+    def _serve(self, rows: Tensor, per_slot: Tensor, lent: Lent | None) -> Tensor:
+        """What the experts of this rank's slots make of rows that lie slot by slot."""
+        groups = has_grouped_matmul(rows, self.ffn_size)
+        if lent is not None:
+            return lent.serve(rows, per_slot.tolist(), groups)
+        if groups:
             offsets = per_slot.cumsum(0).to(rows.device, torch.int32)
             served = grouped(rows, offsets, self.experts.stacked("gate_up"), self.experts.stacked("down"))
         else:
             served = one_by_one(rows, per_slot.tolist(), *self.expert_fields)
-        return permuted(served.to(rows.dtype), place, row)
+        return served.to(rows.dtype)
+
+    def tokens_within(self, memory_bytes: int, *, layers: int = 1) -> int:
+        """Return how many rows a rank may receive, for ``transfers.max_tokens``, so that memory suffices.
+
+        What is counted, on a rank, at the peak of a backward pass: guest slots and the two experts on their way (with
+        ``resend=False`` guests of every layer too); new gradients of one layer's own experts, and the sum of one
+        expert's in float32 or wider; and for every row received, with ``s`` bytes per element,
+        ``s * (hidden_size + 2 * ffn_size) + 16`` in every layer and ``s * (2 * hidden_size + 3 * ffn_size)`` in the
+        layer that is differentiated. Not counted is what no plan changes: own weights, gradients that parameters have
+        already, and the rows that this rank sends. On CUDA a grouped product has its result once more for a moment.
+
+        Args:
+            memory_bytes: for all this.
+            layers: layers whose backward pass is still to come when the last of them has computed; layers under
+                activation checkpointing count as one.
+
+        Raises:
+            TypeError, ValueError: an argument is not allowed, the layer has no transfers, or the memory does not
+                suffice for one row; the message says what does.
+        """
+        if self._lender is None:
+            raise ValueError(
+                "the layer has no transfers, allowed is a layer with them: without, nothing bounds its rows"
+            )
+        memory_bytes = whole_number("memory_bytes", memory_bytes, 0)
+        fixed, per_row = self._lender.bytes_for(whole_number("layers", layers, 1))
+        if memory_bytes < fixed + per_row:
+            raise ValueError(
+                f"memory_bytes is {memory_bytes}, allowed is {fixed + per_row} or more: {fixed} for guests and "
+                f"gradients of own experts, and {per_row} for every row"
+            )
+        return (memory_bytes - fixed) // per_row
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertParallelMoE":
         """A copy has weights of its own, and under a group the same ranks and the same balancer."""
@@ -389,7 +469,11 @@ class ExpertParallelMoE(nn.Module):
             memo |= {id(shared): shared for shared in (self._ranks, self.balancer)}
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
+        if self._lender is not None:
+            memo |= {id(shared): shared for shared in (self._ranks, self.transfers, self._lender)}
         other.__setstate__(copy.deepcopy(self.__dict__, memo))
+        if other._lender is not None:
+            other._lender = other._lender.for_copy(other.experts)
         return other
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -407,49 +491,12 @@ def _gradients(x: object, experts: SlotWeights) -> str:
 _fingerprint = lru_cache(exchange.fingerprint)
 
 
-# ---- checks of what the constructor is given
+def _as_it_is(method: Callable[..., Any], *given: object) -> Any:
+    """Weights that travel are beyond a compiler: a thread or a stream moves them."""
+    return method(*given)
 
 
-def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    dtype = torch.get_default_dtype() if dtype is None else dtype
-    if dtype not in _FLOATS:
-        raise TypeError(f"dtype is {dtype!r}, allowed are {', '.join(map(str, _FLOATS))}")
-    return dtype
-
-
-def _check_balancer(balancer: Planner | None, ranks: Exchange, n_experts: int, device: torch.device) -> None:
-    if not isinstance(ranks, (exchange.Local, exchange.Distributed)):
-        raise TypeError(f"group is {seen(ranks)}, allowed is a torch.distributed.ProcessGroup or None")
-    if balancer is None:
-        check_divides("n_experts", n_experts, "the number of ranks", ranks.size)
-        return
-    if not isinstance(balancer, Planner):
-        raise TypeError(f"balancer is {seen(balancer)}, allowed is an lplb.Planner or None")
-    members, own = _members(exchange.exchange_for(balancer.ep_group)), _members(ranks)
-    if members != own:
-        raise ValueError(f"balancer plans for {members}, allowed is a planner of this layer's group, {own}")
-    if balancer.n_logical_routed_experts != n_experts:
-        raise ValueError(
-            f"balancer plans for {balancer.n_logical_routed_experts} experts, allowed is n_experts = {n_experts}"
-        )
-    if balancer.device != device:
-        raise ValueError(f"balancer works on {str(balancer.device)!r}, allowed is the layer's device, {str(device)!r}")
-
-
-def _placement_of(balancer: Planner | None, n_experts: int, n_ranks: int) -> tuple[Placement, Tensor]:
-    """Where the experts are, and the slots of their originals."""
-    if balancer is None:
-        placement = Placement(range(n_experts), n_ranks)
-        return placement, placement.log2phy[:, 0].long()
-    return balancer.placement, balancer.home.long().cpu()
-
-
-def _members(ranks: Exchange) -> str:
-    if isinstance(ranks, exchange.Local):
-        return "one process without a group"
-    if isinstance(ranks, exchange.Distributed):
-        return f"the processes {dist.get_process_group_ranks(ranks.group)}"
-    return f"a {type(ranks).__name__} exchange"
+_uncompiled: Callable[..., Any] = torch.compiler.disable(_as_it_is)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 # ---- the exchange of split sizes as an operator, for torch.compile; a graph holds the layer's number, not the layer

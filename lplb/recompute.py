@@ -3,15 +3,18 @@
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from lplb.lending import Loan
+
 __all__ = ["keep_routes", "settled"]
 
-_Settled: TypeAlias = tuple[Tensor, Tensor]
-"""The slot of every choice, and the rows that ranks have for each other."""
+_Settled: TypeAlias = tuple[Tensor, Tensor, "Loan | None"]
+"""The slot of every choice, the rows that ranks have for each other, and what weights travel."""
 _Context: TypeAlias = contextlib.AbstractContextManager[None]
 
 
@@ -36,10 +39,10 @@ class _Regions(threading.local):
         self.noted: list[_Settled] | None = None
         self.repeated: Iterator[_Settled] | None = None
 
-    def note(self, slot: Tensor, traffic: Tensor) -> None:
+    def note(self, slot: Tensor, traffic: Tensor, loan: "Loan | None") -> None:
         """Keep what a layer has settled, if this is a region's first computation."""
         if not torch.compiler.is_compiling() and self.noted is not None:
-            self.noted.append((slot, traffic))
+            self.noted.append((slot, traffic, loan))
 
     def again(self) -> _Settled | None:
         """What the layer had settled the first time, ``None`` if this is the first time."""

@@ -81,6 +81,10 @@ class SlotWeights(nn.Module):
         """Return the leaf of every slot; the list is this module's own."""
         return self._leaves[name]
 
+    def rows(self, name: str) -> Tensor:
+        """Return the field's tensor ``[slots, ...]``, which has no gradient."""
+        return self._rows[name]
+
     def stacked(self, name: str) -> Tensor:
         """Return the field's tensor ``[slots, ...]``; its gradient goes to the leaves, without a copy."""
         stacked: Tensor = _Stacked.apply(self._rows[name], *self._leaves[name])  # type: ignore[no-untyped-call, unused-ignore]

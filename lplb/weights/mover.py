@@ -174,13 +174,30 @@ class WeightMover:
             job, buffers = exchange.together(self.ranks, check, lambda found: found[0].print, has)
         return self._carry_out(job, buffers)
 
+    def carry_out(self, job: Job, buffers: list[torch.Tensor], *, agree: bool) -> Moved:
+        """Carry out a job that the ranks have agreed on already. Collective.
+
+        Args:
+            job: on every rank the same; its source slots are the mover's own fields.
+            buffers: two of `Link.buffer`, which the caller keeps from job to job.
+            agree: whether the job ends with an agreement. Without one, a rank whose copy failed raises alone, and the
+                others have what it sent instead; but nothing here waits for the device.
+
+        Returns:
+            The rounds, and the bytes that this rank sent and received.
+
+        Raises:
+            RuntimeError: as for `move`.
+        """
+        return Moved.total(self._carry_out(job, buffers, agree))
+
     def check_unchanged(self) -> None:
         """Refuse parameters that have become others since the constructor checked them."""
         now = checked_fields("params_per_expert", self.fields.fields)
         if str(now) != str(self.fields):
             raise ValueError(f"params_per_expert has {now}, allowed is what it had at first, {self.fields}")
 
-    def _carry_out(self, job: Job, buffers: list[torch.Tensor]) -> Iterator[Moved]:
+    def _carry_out(self, job: Job, buffers: list[torch.Tensor], agree: bool = True) -> Iterator[Moved]:
         """The order within a round is what `rounds_of` counts on: pack, unpack what came last time, transfer."""
         own, target, layout = self.fields.fields, job.target.fields, self.fields.layout
         inference = any(tensor.is_inference() for field in target for tensor in holders(field))
@@ -211,7 +228,10 @@ class WeightMover:
                         None if come is None else (buffers[1], come.move.source_rank),
                     )
             yield moved
-        self.agree_on_end("moving weights", fault)
+        if agree:
+            self.agree_on_end("moving weights", fault)
+        elif fault is not None:
+            raise fault
 
     def agree_on_end(self, what: str, fault: Exception | None = None) -> None:
         """Return when all ranks have come to the end of something; raise on all if one has a fault. Collective."""
