@@ -414,7 +414,7 @@ def test_guests_that_are_held_serve_again(name, strategy):
         assert again.n_transfers == 0 or not plan.feasible
     for seed in range(2, 6):  # others, for which some give way
         counts = batch("lognormal", geometry.n_ranks, geometry.n_logical, seed)
-        held, plan = plan.guests, planner.plan(counts, held=plan.guests)
+        held, plan = plan.guests, planner.plan(counts, held=plan)
         check(planner, plan, counts, held)
 
 

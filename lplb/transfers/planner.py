@@ -175,19 +175,19 @@ class TransferPlanner:
         self._words = self._frame.ends[-1]
         self._offsets = self._frame.offsets
         self._shape = torch.Size((self.n_ranks, self.n_logical))
-        self._shut = self._never_held()
+        self._most_held = self._where_held()
         self._columns = np.arange(self.n_ranks)[:, None] * (self.n_logical + 1) + 1
 
-    def _never_held(self) -> npt.NDArray[np.int64]:
-        """Where no guest can be: 1 by rank and expert + 1 if the rank, or no rank of its domain, is its resident."""
-        closed = np.ones((self.n_ranks, self.n_logical + 1), dtype=np.int64)
-        domain = self._settings.domain
+    def _where_held(self) -> npt.NDArray[np.int64]:
+        """How often a guest may be held, by rank and expert + 1: once where it is not resident, but in the domain."""
+        n_ranks, domain = self.n_ranks, self._settings.domain
+        most = np.zeros((n_ranks, self.n_logical + 1), dtype=np.int64)
         for rank, expert in zip(self.residents.ranks, self.residents.experts, strict=True):
             first = rank // domain * domain
-            closed[first : first + domain, expert + 1] = 0
-        closed[self.residents.ranks, np.array(self.residents.experts) + 1] = 1
-        closed[:, 0] = -2 * self._settings.slots  # empty slots may be many
-        return closed
+            most[first : first + domain, expert + 1] = 1
+        most[self.residents.ranks, np.array(self.residents.experts) + 1] = 0
+        most[:, 0] = self._settings.slots  # empty slots
+        return most.ravel()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle all but what is made anew; a planner under a process group cannot be copied."""
@@ -257,7 +257,7 @@ class TransferPlanner:
 
     # ---- planning
 
-    def plan(self, counts: torch.Tensor, *, held: torch.Tensor | None = None) -> TransferPlan:
+    def plan(self, counts: torch.Tensor, *, held: torch.Tensor | TransferPlan | None = None) -> TransferPlan:
         """Plan a batch. Collective under a group.
 
         Args:
@@ -265,8 +265,8 @@ class TransferPlanner:
                 least 0 and below 2**52 together; all ranks give the counts of all ranks. Or ``[n_logical]``, of no rank
                 in particular. A token counts once for each of its experts. Kept in the plan, not copied.
             held: what guest slots still hold from earlier batches, -1 for nothing: int32 ``[ranks, slots]``, such as
-                the ``guests`` of the last plan. These serve without a transfer, and give way where their slots are
-                needed. Not with ``"llep"``.
+                the ``guests`` of the last plan; or that plan itself, if it is of this planner, which needs no check.
+                These serve without a transfer, and give way where their slots are needed. Not with ``"llep"``.
 
         Returns:
             The plan. It is the best that was found if it is not `feasible`; nothing is raised for that.
@@ -280,7 +280,7 @@ class TransferPlanner:
             self._exchange, lambda: self._plan(counts, held), lambda plan: self._print_of(plan, held), _OTHER_BATCH
         )
 
-    def front(self, counts: torch.Tensor, *, held: torch.Tensor | None = None) -> ParetoFront:
+    def front(self, counts: torch.Tensor, *, held: torch.Tensor | TransferPlan | None = None) -> ParetoFront:
         """Return what balance each number of transfers reaches. Local, whatever the strategy.
 
         From no transfer up to the best balance that ``slots`` allow; ``tolerance``, ``max_tokens`` and ``max_bytes`` do
@@ -298,7 +298,7 @@ class TransferPlanner:
         pairs = self._front(rows, table, 0 if kept is None else kept.data_ptr(), -1)
         return points(pairs, int(rows.sum(dtype=torch.int64)), self.n_ranks, self.expert_bytes)
 
-    def _plan(self, counts: torch.Tensor, held: torch.Tensor | None) -> TransferPlan:
+    def _plan(self, counts: torch.Tensor, held: torch.Tensor | TransferPlan | None) -> TransferPlan:
         settings = self._settings
         rows, table = self._checked_counts(counts)
         if settings.strategy == "llep":
@@ -394,10 +394,15 @@ class TransferPlanner:
         n_rows = 1 if len(stride) == 1 else shape[0]
         return counts, (counts.data_ptr(), size, n_rows, stride[0] if n_rows > 1 else 0)
 
-    def _checked_held(self, held: torch.Tensor) -> torch.Tensor:
+    def _checked_held(self, given: torch.Tensor | TransferPlan) -> torch.Tensor:
         """What guest slots hold, contiguous: no expert where it cannot be, and none twice on a rank."""
+        held = given
+        if isinstance(held, TransferPlan):
+            if held.frame is self._frame and version_of(held.memory) == 0:
+                return held.guests
+            held = held.guests
         if not isinstance(held, torch.Tensor) or held.dtype != torch.int32 or held.layout != torch.strided:
-            raise TypeError(f"held is {seen(held)}, allowed is a torch.int32 tensor, or None")
+            raise TypeError(f"held is {seen(held)}, allowed is a torch.int32 tensor, an lplb.TransferPlan or None")
         refuse_without_memory("held", held)
         shape = self.n_ranks, self.slots
         if held.shape != shape:
@@ -405,32 +410,31 @@ class TransferPlanner:
         check_device("held", held, self.device)
         held = held.contiguous()
         experts = held.numpy()
-        if experts.min() < -1 or experts.max() >= self.n_logical:
-            odd = (experts < -1) | (experts >= self.n_logical)
-            rank, slot = np.argwhere(odd)[0]
+        if (experts + 1).view(np.uint32).max() > self.n_logical:  # below -1 is above all
+            rank, slot = np.argwhere((experts < -1) | (experts >= self.n_logical))[0]
             raise ValueError(f"held[{rank}, {slot}] is {experts[rank, slot]}, allowed is -1 to {self.n_logical - 1}")
-        columns = self.n_logical + 1
-        times = np.bincount((experts + self._columns).ravel(), minlength=self.n_ranks * columns)
-        wrong = 2 * times.reshape(self.n_ranks, columns) + self._shut > 2
+        times = np.bincount((experts + self._columns).ravel(), minlength=len(self._most_held))
+        wrong = times > self._most_held
         if wrong.any():
-            self._refuse_held(*(int(i) for i in np.argwhere(wrong)[0]))
+            self._refuse_held(*divmod(int(wrong.argmax()), self.n_logical + 1))
         return held
 
     def _refuse_held(self, rank: int, column: int) -> NoReturn:
         expert = column - 1
         if (expert, rank) in self.residents.slot_of:
             raise ValueError(f"held has expert {expert} on rank {rank}, where it is resident, allowed are others")
-        if self._shut[rank, column] > 0:
+        if self._most_held[rank * (self.n_logical + 1) + column] == 0:
             raise ValueError(
                 f"held has expert {expert} on rank {rank}, allowed are experts that live in its domain of "
                 f"{self.domain} ranks"
             )
         raise ValueError(f"held has expert {expert} more than once on rank {rank}, allowed is once")
 
-    def _print_of(self, plan: TransferPlan, held: torch.Tensor | None) -> tuple[int, int]:
+    def _print_of(self, plan: TransferPlan, held: torch.Tensor | TransferPlan | None) -> tuple[int, int]:
         """Fingerprint of what a plan is made from."""
         digest = hashlib.blake2b(digest_size=16)
-        for given in (plan.counts, held):
+        guests = held.guests if isinstance(held, TransferPlan) else held
+        for given in (plan.counts, guests):
             if given is not None:
                 digest.update(given.cpu().to(torch.int64).contiguous().numpy().tobytes())
         return exchange.fingerprint(digest.hexdigest(), self._max_tokens, held is None, self._fingerprint)
