@@ -138,7 +138,7 @@ def pretend(set_attribute=setattr):
     _C.CudaPlanner = getattr(_C, "CudaPlanner", None)  # for monkeypatch to have something to put back
     set_attribute(_C, "CudaPlanner", CudaPlanner)
     set_attribute(cpu, "Backend", lambda *settings: cuda.Backend(*settings, before=None))
-    set_attribute(cuda.Faults, "_free", list(torch.zeros(200, 4, dtype=torch.int64)))
+    set_attribute(cuda.FaultWords, "_free", list(torch.zeros(200, 4, dtype=torch.int64)))
     set_attribute(devices, "shared_bytes", lambda device: 232448)
     properties = SimpleNamespace(multi_processor_count=SMS, name="pretended")
     set_attribute(torch.cuda, "get_device_properties", lambda device: properties)
