@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from lplb import _C, devices, exchange
+from lplb import _C, cuda_transfers, devices, exchange
 from lplb.arguments import check_device, refuse_without_memory, seen
 from lplb.cost import Hardware
 from lplb.exchange import Exchange
@@ -58,8 +58,10 @@ class TransferPlanner:
 
     A planner may be used from several threads, which take turns; under a group each thread needs a group of its own.
 
-    On CUDA `plan` goes to the current stream and does not wait for the device, and its outputs have fixed sizes, so
-    that it can be captured. Values of counts are not looked at there; under a group it waits, to compare counts.
+    On CUDA `plan` goes to the current stream and does not wait for the device, and its outputs have fixed sizes: it can
+    be captured. Wrong counts make a plan of no tokens there, and are raised by a later call; values of ``held`` are not
+    checked. Under a group `plan` waits for the device, to compare the counts of ranks. ``"auto"``, a ``model`` for
+    ``"joint"``, and `front` are for the CPU.
 
     Args:
         n_logical: number of experts.
@@ -144,8 +146,8 @@ class TransferPlanner:
                 ranks_per_node=ranks_per_node,
             )
             self._costs = checked_costs(self._settings, self.n_ranks, model, hardware)
-            self._set_device("cpu" if device is None else device)
             self.max_tokens = max_tokens
+            self._set_device("cpu" if device is None else device)
             self._compile()
 
         number = exchange.number_planner(self._exchange), exchange.group_name(self._exchange)
@@ -162,21 +164,37 @@ class TransferPlanner:
     def _set_device(self, device: torch.device | str) -> None:
         devices.check_backend("device", torch.device(device))
         self.device = torch.empty(0, device=device).device
-        if self.device.type == "cuda":
-            raise RuntimeError("device is 'cuda', and this build of lplb plans transfers on the CPU only")
+        if self.device.type == "cpu":
+            return
+        if self.strategy == "auto":
+            raise ValueError(
+                "strategy is 'auto', allowed on CUDA are 'joint' and 'llep': costs are reckoned on the CPU"
+            )
+        if self._costs is not None:
+            raise ValueError(
+                f"model is {self._costs.model.name!r}, allowed on CUDA with strategy 'joint' is None (for bytes, give "
+                "expert_bytes): costs are reckoned on the CPU"
+            )
 
     def _compile(self) -> None:
-        residents, settings = self.residents, self._settings
         self._lock = threading.Lock()  # the core has memory for one call at a time
-        self._core = _C.CpuTransfers(
-            residents.ranks, residents.experts, self.n_logical, self.n_ranks, settings.slots, settings.domain
-        )
+        self._core, self._on_device = self._backends()
+        settings = self._settings
         self._frame = Frame(self.n_logical, self.n_ranks, settings.slots, self._core.rows, settings.ranks_per_node)
         self._words = self._frame.ends[-1]
         self._offsets = self._frame.offsets
         self._shape = torch.Size((self.n_ranks, self.n_logical))
         self._most_held = self._where_held()
         self._columns = np.arange(self.n_ranks)[:, None] * (self.n_logical + 1) + 1
+
+    def _backends(self) -> tuple[_C.CpuTransfers | cuda_transfers.Backend, cuda_transfers.Backend | None]:
+        """What plans, and what is to find routes on a device."""
+        residents, settings = self.residents, self._settings
+        where = residents.ranks, residents.experts, self.n_logical, self.n_ranks, settings.slots, settings.domain
+        if self.device.type == "cpu":
+            return _C.CpuTransfers(*where), None
+        backend = cuda_transfers.Backend(*where, settings.ranks_per_node, self.device)
+        return backend, backend
 
     def _where_held(self) -> npt.NDArray[np.int64]:
         """How often a guest may be held, by rank and expert + 1: once where it is not resident, but in the domain."""
@@ -191,7 +209,7 @@ class TransferPlanner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle all but what is made anew; a planner under a process group cannot be copied."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_core")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_core", "_on_device")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build the core again."""
@@ -276,6 +294,8 @@ class TransferPlanner:
         """
         if self._alone:
             return self._plan(counts, held)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("plan is captured under a group, where it waits for the device; allowed is no group")
         return exchange.together(
             self._exchange, lambda: self._plan(counts, held), lambda plan: self._print_of(plan, held), _OTHER_BATCH
         )
@@ -292,6 +312,7 @@ class TransferPlanner:
 
         Raises:
             TypeError, ValueError: as `plan`.
+            RuntimeError: the planner is on CUDA; one on the CPU has the same front.
         """
         rows, table = self._checked_counts(counts)
         kept = None if held is None else self._checked_held(held)
@@ -329,7 +350,7 @@ class TransferPlanner:
 
     def _joint(self, counts: torch.Tensor, table: _Table, held: int, max_transfers: int, name: str) -> TransferPlan:
         settings = self._settings
-        memory = torch.empty(self._words, dtype=torch.int64)
+        memory = torch.empty(self._words, dtype=torch.int64, device=self.device)
         at = self._addresses(memory.data_ptr())
         with self._lock:
             wrong = self._core.joint(table, settings.tolerance, self._cap, max_transfers, settings.m, held, at)
@@ -339,7 +360,7 @@ class TransferPlanner:
 
     def _llep(self, counts: torch.Tensor, table: _Table) -> TransferPlan:
         settings = self._settings
-        memory = torch.empty(self._words, dtype=torch.int64)
+        memory = torch.empty(self._words, dtype=torch.int64, device=self.device)
         at = self._addresses(memory.data_ptr())
         with self._lock:
             wrong = self._core.llep(table, settings.alpha, settings.m, settings.lam, settings.compat, self._cap, at)
@@ -352,6 +373,8 @@ class TransferPlanner:
         capacity = self._frame.rows + 1
         most, transfers = np.empty(capacity, dtype=np.int64), np.empty(capacity, dtype=np.int32)
         arrays = most.ctypes.data, transfers.ctypes.data, capacity
+        if not isinstance(self._core, _C.CpuTransfers):
+            raise RuntimeError(f"front is asked of a planner on {str(self.device)!r}, allowed is one on the CPU")
         with self._lock:
             wrong, found = self._core.front(table, max_transfers, self._settings.m, held, *arrays)
         if wrong:
@@ -363,8 +386,9 @@ class TransferPlanner:
         return at + quota, at + load, at + transfers, at + guests, at + numbers, at + bound
 
     def _planned(self, memory: torch.Tensor, counts: torch.Tensor, strategy: str) -> TransferPlan:
+        expert_bytes, version = self._settings.expert_bytes, version_of(counts)
         return TransferPlan(
-            memory, self._frame, counts, self.residents, strategy, self._settings.expert_bytes, None, version_of(counts)
+            memory, self._frame, counts, self.residents, strategy, expert_bytes, None, version, self._on_device
         )
 
     # ---- checks
@@ -409,6 +433,8 @@ class TransferPlanner:
             raise ValueError(f"held has shape {list(held.shape)}, allowed is [ranks, slots] = {list(shape)}")
         check_device("held", held, self.device)
         held = held.contiguous()
+        if self._on_device is not None:
+            return held
         experts = held.numpy()
         if (experts + 1).view(np.uint32).max() > self.n_logical:  # below -1 is above all
             rank, slot = np.argwhere((experts < -1) | (experts >= self.n_logical))[0]
