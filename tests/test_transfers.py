@@ -48,9 +48,9 @@ class Geometry:
     def n_logical(self) -> int:
         return max(max(row, default=0) for row in self.residents) + 1
 
-    def planner(self, **settings) -> TransferPlanner:
+    def planner(self, made_by=TransferPlanner, **settings) -> TransferPlanner:
         where = {"placement": self.residents, "slots": self.slots, "domain": self.domain}
-        return TransferPlanner(self.n_logical, self.n_ranks, **{**where, **settings})
+        return made_by(self.n_logical, self.n_ranks, **{**where, **settings})
 
 
 def blocks(n_ranks: int, n_logical: int) -> tuple[tuple[int, ...], ...]:

@@ -19,6 +19,12 @@ from lplb.transfers import TransferPlanner
 ON_DEVICE = [name for name, settings in STRATEGIES.items() if "model" not in settings]
 
 
+class OnCpu(TransferPlanner):
+    """A planner of the CPU, whatever is pretended."""
+
+    _backends = TransferPlanner._backends
+
+
 @pytest.fixture(params=["pretended", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     if request.param == "cuda":
@@ -38,10 +44,9 @@ def device(request, monkeypatch):
 
 @pytest.mark.parametrize("name", ["two ranks, a slot", "primes with replicas", "two domains", "64 ranks"])
 @pytest.mark.parametrize("strategy", ON_DEVICE)
-def test_plans_are_those_of_the_cpu(name, strategy, request):
+def test_plans_are_those_of_the_cpu(name, strategy, device):
     geometry = BY_NAME[name]
-    on_cpu = geometry.planner(**STRATEGIES[strategy])
-    device = request.getfixturevalue("device")
+    on_cpu = geometry.planner(OnCpu, **STRATEGIES[strategy])
     planner = geometry.planner(device=device, **STRATEGIES[strategy])
     for kind in KINDS:
         counts = batch(kind, geometry.n_ranks, geometry.n_logical)
@@ -57,11 +62,10 @@ def test_plans_are_those_of_the_cpu(name, strategy, request):
     assert same(copy.deepcopy(planner).plan(counts.to(device)), plan)
 
 
-def test_routes_are_those_of_the_cpu(request):
+def test_routes_are_those_of_the_cpu(device):
     geometry = BY_NAME["primes with replicas"]
     counts = batch("hot", geometry.n_ranks, geometry.n_logical)
-    expected = geometry.planner().plan(counts)
-    device = request.getfixturevalue("device")
+    expected = geometry.planner(OnCpu).plan(counts)
     plan = geometry.planner(device=device).plan(counts.to(device))
     for rank in range(geometry.n_ranks):
         indices = torch.repeat_interleave(torch.arange(geometry.n_logical), counts[rank])
