@@ -283,9 +283,9 @@ def run_stacks(rank):
     return record
 
 
-def plain_copy(layer, size, group):
+def plain_copy(layer, size, group, hidden=HIDDEN, top_k=TOP_K, dtype=torch.float64):
     """The same weights without transfers."""
-    other = ExpertParallelMoE(HIDDEN, FFN, N_EXPERTS, TOP_K, group=group, dtype=torch.float64)
+    other = ExpertParallelMoE(hidden, FFN, N_EXPERTS, top_k, group=group, dtype=dtype)
     other.load_state_dict(layer.state_dict())
     return other
 
