@@ -5,18 +5,32 @@ The ranks' work runs one after another, on one GPU where there is one, and else 
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
+import sys
+import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from plain_lla import plain_lla
 from rows import Row
+from torch import nn
+from torch.multiprocessing import start_processes
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from lplb import TransferPlanner
+from lplb.nn import ExpertParallelMoE, GuestSlots
 from lplb.scenes import LLEP_SCENES, LlepScene, llep_scene
 
 SMALLER = 8  # on a CPU: hidden and FFN sizes; tokens by its square
+MEMORY_SLOTS = 2
 GEMM_SCENES = ("80 % in 4", "95 % in 1")
 
 
@@ -116,6 +130,100 @@ def bench_gemm() -> list[Row]:
 # Memory
 
 
+class Counted(TorchDispatchMode):
+    """The most bytes of tensors that are alive together: those from before, and every operator's results.
+
+    Memory counts once, however many tensors look at it, and for as long as anything holds it, autograd included.
+    """
+
+    def __init__(self) -> None:
+        """Counts what is there."""
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+        gc.collect()
+        for found in gc.get_objects():
+            if issubclass(type(found), torch.Tensor):
+                self._note(found)
+        self._look()
+        self.before = self.peak
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+
+    def _look(self) -> None:
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(n for _, n in self.alive.values()))
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        """Run an operator, and look."""
+        out = function(*given, **(named or {}))
+        tree_map_only(torch.Tensor, self._note, out)
+        self._look()
+        return out
+
+
+def run_memory(rank: int, folder: str, counts: torch.Tensor, ffn: int) -> None:
+    """One rank: a batch through a layer without and with transfers; the most bytes to a file."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    n_ranks, n_experts = counts.shape
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks)
+    found: dict[str, tuple[int, int]] = {}
+    chosen = torch.arange(n_experts).repeat_interleave(counts[rank])
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(rank))]
+    for name in ("plain", "lplb"):
+        given: dict[str, Any] = {}
+        if name == "lplb":
+            given["transfers"] = TransferPlanner(n_experts, n_ranks, slots=MEMORY_SLOTS)
+            given["guests"] = GuestSlots(MEMORY_SLOTS, hidden_size=n_experts, ffn_size=ffn)
+        # As many features as experts, and a router that reads the choice off the token.
+        layer = ExpertParallelMoE(n_experts, ffn, n_experts, 1, group=dist.group.WORLD, **given)
+        layer.router = nn.Parameter(torch.eye(n_experts))
+        for kind in ("forward", "training"):
+            for _ in range(2):  # the first has memory made that stays
+                layer.zero_grad(set_to_none=True)
+                x = functional.one_hot(chosen, n_experts).float() * 20
+                with Counted() as memory, torch.set_grad_enabled(kind == "training"):
+                    out = layer(x.requires_grad_(kind == "training"))
+                    if kind == "training":
+                        out.sum().backward()
+                del out, x
+            assert layer.received is not None
+            found[f"{name} {kind}"] = memory.peak, int(layer.received.sum())
+        del layer, given
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def bench_memory() -> list[Row]:
-    """Filled in below."""
-    return []
+    """Most bytes on any rank, plain expert parallelism over lplb, 95 % of all choices in one expert."""
+    scene = LLEP_SCENES["gpt-oss-120b, 32 Ki, 95 % in 1"]
+    n_experts, n_ranks = scene.model.n_logical, scene.n_ranks
+    # Sizes and tokens by one factor, so that activations and weights keep their proportion.
+    rows_per_rank = scene.tokens_per_rank * scene.model.top_k * n_experts // scene.model.hidden
+    ffn = scene.model.intermediate * n_experts // scene.model.hidden
+    counts = torch.from_numpy(llep_scene(n_experts, n_ranks, 1, rows_per_rank, hot=1, share=scene.share))
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "lplb"])
+        start_processes(run_memory, (folder, counts, ffn), n_ranks, start_method="forkserver")
+        found = [torch.load(f"{folder}/{rank}.pt") for rank in range(n_ranks)]
+    rows = []
+    for kind in ("forward", "training"):
+        plain, ours = (max(rank[f"{name} {kind}"][0] for rank in found) for name in ("plain", "lplb"))
+        tokens = [max(rank[f"{name} {kind}"][1] for rank in found) for name in ("plain", "lplb")]
+        rows.append(
+            Row(
+                f"peak memory of a rank, {n_ranks} gloo processes, 95 % in 1, {rows_per_rank} rows per rank, hidden "
+                f"{n_experts}, {kind}: plain EP over lplb",
+                plain / ours,
+                "×",
+                4,
+                ">=",
+                f"{plain / 2**20:.1f} MiB to {ours / 2**20:.1f}, weights and guest slots included; "
+                f"busiest rank {tokens[0]} to {tokens[1]} rows",
+            )
+        )
+    return rows

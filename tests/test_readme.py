@@ -33,6 +33,10 @@ x, experts = torch.randn(5, 4), torch.randint(n_experts, (5, 2))
 def dispatch_and_combine(x, slots, up, down):
     return torch.einsum("tw,tkwh,tkhv->tv", x, up[slots], down[slots])
 """,
+    "transfers.md": """
+import torch
+ep_group, n_ranks, n_experts = None, 1, 8
+""",
 }
 
 
