@@ -1,6 +1,7 @@
 """The EP layer with transfers over gloo processes: what it computes, who does how much, and what is refused."""
 
 import contextlib
+import dataclasses
 import os
 import time
 from datetime import timedelta
@@ -31,6 +32,7 @@ from test_nn import (
 from torch.utils.checkpoint import checkpoint
 
 from lplb.guests import GuestSlots
+from lplb.models import MODELS
 from lplb.nn import ExpertParallelMoE
 from lplb.transfers import TransferPlanner
 from lplb.weights import Move, WeightMover, mover, returning
@@ -104,11 +106,15 @@ def lent_step(layer, x, grad):
 
 # What it computes
 
+# Hidden sizes at which a transfer is worth its time by the cost model, whatever the layer has.
+SHAPE = dataclasses.replace(MODELS["deepseek-v3"], n_logical=N_EXPERTS, top_k=TOP_K)
 CASES = [
     {"strategy": "joint", "slots": SLOTS},
     {"strategy": "joint", "slots": SLOTS, "resend": False},
     {"strategy": "joint", "slots": 1, "replicas": 1},
     {"strategy": "llep", "slots": N_EXPERTS, "alpha": 1.0, "m": 0},
+    {"strategy": "llep", "slots": N_EXPERTS, "alpha": 1.0, "m": 4, "compat": True},
+    {"strategy": "auto", "slots": SLOTS, "model": SHAPE},
 ]
 
 
