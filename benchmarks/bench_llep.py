@@ -28,11 +28,11 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rows import Row, machine, print_table, write  # noqa: E402
 
-from lplb import TransferPlanner  # noqa: E402
 from lplb.cost import hardware_by_name, layer_time, transfer_time  # noqa: E402
 from lplb.llep_scenes import FAMILIES, WHERE  # noqa: E402
 from lplb.models import ModelShape  # noqa: E402
 from lplb.scenes import LLEP_SCENES, LlepScene, skewed_scene, zipf_scene  # noqa: E402
+from lplb.transfers import TransferPlanner  # noqa: E402
 
 H200 = hardware_by_name("h200")
 ZIPF_SEEDS = range(100)

@@ -25,9 +25,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from lplb import TransferPlanner
 from lplb.nn import ExpertParallelMoE, GuestSlots
 from lplb.scenes import LLEP_SCENES, LlepScene, llep_scene
+from lplb.transfers import TransferPlanner
 
 SMALLER = 8  # on a CPU: hidden and FFN sizes; tokens by its square
 MEMORY_SLOTS = 2
