@@ -39,6 +39,12 @@ void joint(const TransferPlanner& p, const CountsAt& counts, double tolerance, i
   p.joint(counts_at(counts, 0), rules, at<const int32_t>(held), arrays_at(out), stream_at(stream));
 }
 
+void llep(const TransferPlanner& p, const CountsAt& counts, double alpha, int64_t m, double lam, bool compat,
+          int64_t max_tokens, std::array<Address, 6> out, Address stream) {
+  py::gil_scoped_release release;
+  p.llep(counts_at(counts, 0), {alpha, m, lam, compat, max_tokens}, arrays_at(out), stream_at(stream));
+}
+
 void route(const TransferPlanner& p, std::tuple<Address, Address> plan, const CountsAt& counts, int ranks_per_node,
            int source, std::tuple<Address, int, int64_t> indices, int n_sms, Address slots, Address send,
            Address stream) {
@@ -80,6 +86,8 @@ void add_cuda_transfers(py::module_& m) {
           py::arg("tables"), py::arg("scratch"), py::arg("faults"))
       .def("joint", &joint, py::arg("counts"), py::arg("tolerance"), py::arg("max_tokens"), py::arg("max_transfers"),
            py::arg("min_tokens"), py::arg("held"), py::arg("out"), py::arg("stream"))
+      .def("llep", &llep, py::arg("counts"), py::arg("alpha"), py::arg("m"), py::arg("lam"), py::arg("compat"),
+           py::arg("max_tokens"), py::arg("out"), py::arg("stream"))
       .def("route", &route, py::arg("plan"), py::arg("counts"), py::arg("ranks_per_node"), py::arg("source"),
            py::arg("indices"), py::arg("n_sms"), py::arg("slots"), py::arg("send"), py::arg("stream"));
 }

@@ -188,7 +188,8 @@ class Lender:
         leaves = [leaf for field in self.mover.fields.fields for leaf in field]
         if any(leaf.is_inference() for leaf in leaves):
             return None
-        return [(self.guests.forgotten, 0), *((leaf._version, leaf.data_ptr()) for leaf in leaves)]
+        written = self.guests.forgotten, sum(rows._version for rows in self.stacked())
+        return [written, *((leaf._version, leaf.data_ptr()) for leaf in leaves)]
 
     def _loan(self, plan: TransferPlan, before: Loan | None, needs_gradients: bool, trained: bool) -> Loan:
         """The plan as this layer carries it out.
@@ -210,8 +211,8 @@ class Lender:
                 f"the plan has {max(used)} guests on rank {used.index(max(used))}, allowed are as many as guests has "
                 f"slots, {self.guests.slots}"
             )
-        new = tuple(plan.moves())
-        coming = {move[3:5] for move in new}
+        coming = {move[3:5]: move for move in plan.moves()}  # an expert is sent once, however often it is planned
+        new = tuple(coming.values())
         there = [
             Move(expert, *self._home[expert], rank, slot)
             for rank, row in enumerate(guests)

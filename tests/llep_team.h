@@ -118,7 +118,7 @@ inline void compare(double scale, const std::atomic<long>& allocations) {
     Solo solo;
     const long before = allocations.load();
     make_plan(solo, c, plan);
-    const long during = allocations.load() - before;
+    const long during = allocations.load() - before;  // apart: the text below allocates
     check(during == 0, c.name + ": " + std::to_string(during) + " allocations while planning");
     check_plan(c, plan);
   }

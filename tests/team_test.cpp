@@ -3,7 +3,6 @@
 //
 //     team_test [scale]     scale 1 takes some seconds; 0.1 is a smoke test
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +12,6 @@
 #include <iterator>
 #include <limits>
 #include <memory>
-#include <new>
 #include <random>
 #include <sstream>
 #include <string>
@@ -21,34 +19,10 @@
 
 #include "../csrc/core/solve_traffic.h"
 #include "../csrc/core/split.h"
+#include "allocations.h"
 #include "check.h"
 #include "llep_team.h"
 #include "thread_team.h"
-
-// Every operator new of the program ends here, also those for arrays. Not inlined, or g++ takes new and free for a
-// mismatched pair.
-#define LPLB_REPLACED __attribute__((noinline))
-
-static std::atomic<long> allocations{0};
-
-LPLB_REPLACED void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
-  allocations.fetch_add(1, std::memory_order_relaxed);
-  return std::malloc(bytes > 0 ? bytes : 1);
-}
-LPLB_REPLACED void* operator new(size_t bytes) {
-  if (void* p = ::operator new(bytes, std::nothrow)) return p;
-  throw std::bad_alloc();
-}
-LPLB_REPLACED void* operator new(size_t bytes, std::align_val_t alignment) {
-  allocations.fetch_add(1, std::memory_order_relaxed);
-  const size_t a = static_cast<size_t>(alignment);
-  if (void* p = std::aligned_alloc(a, (bytes + a - 1) / a * a)) return p;
-  throw std::bad_alloc();
-}
-LPLB_REPLACED void operator delete(void* p) noexcept { std::free(p); }
-LPLB_REPLACED void operator delete(void* p, size_t) noexcept { std::free(p); }
-LPLB_REPLACED void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-LPLB_REPLACED void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p); }
 
 namespace {
 
@@ -524,14 +498,6 @@ void check_shares(double scale) {
   }
 }
 
-void check_counting() {
-  const long before = allocations.load();
-  void* volatile p = ::operator new(8);  // volatile, or g++ leaves the pair out
-  ::operator delete(p);
-  const long during = allocations.load() - before;
-  check(during == 1, "one operator new was counted as " + std::to_string(during));
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -540,7 +506,7 @@ int main(int argc, char** argv) {
     std::printf("scale %s, allowed is above 0 and up to 1000\n", argv[1]);
     return 2;
   }
-  check_counting();
+  check_allocations_are_counted();
   check_shares(scale);
   llep_team::compare(scale, allocations);
   for (const int size : kTeamSizes) {

@@ -16,8 +16,8 @@ SCALE = {
     ("team_test", "thread"): "0.05",
     ("stage_test", ""): "0.5",
     ("stage_test", "thread"): "0.1",
-    ("transfer_test", ""): "0.5",
-    ("transfer_test", "thread"): "0.1",
+    ("transfer_test", ""): "0.3",
+    ("transfer_test", "thread"): "0.05",
 }
 
 

@@ -2,11 +2,12 @@
 // have the bits of one thread.
 //
 //     transfer_test [scale]     scale 1 takes some seconds
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <numeric>
 
+#include "allocations.h"
+#include "joint_team.h"
+#include "llep_team.h"
 #include "range_team.h"
 
 int main(int argc, char** argv) {
@@ -15,7 +16,10 @@ int main(int argc, char** argv) {
     std::printf("scale %s, allowed is above 0 and up to 1000\n", argv[1]);
     return 2;
   }
+  check_allocations_are_counted();
   for (const int size : {32, 64, 128, 256}) compare_ranges(size, scale);
+  for (const int size : {32, 128}) joint_team::compare_all(size, scale, allocations);
+  llep_team::compare(scale, allocations);
   std::printf("%ld passed, 0 failed\n", passed);
   return 0;
 }

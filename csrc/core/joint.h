@@ -333,6 +333,16 @@ class Joint {
     return limit;
   }
 
+  // Tokens of all experts on a rank, most of them perhaps elsewhere.
+  LPLB_HD int64_t most_held(int r) const {
+    int64_t tokens = 0;
+    in_order<8, true>(
+        g_.rank_begin[r], g_.rank_begin[r + 1],
+        [&](int i) { return batch_.tokens[g_.replica_expert[g_.rank_replica[i]]]; },
+        [&](int, int64_t w) { tokens += w; });
+    return tokens;
+  }
+
   // What cannot be brought below the cap stays above it: on the ranks where the flow leaves it, or gathered on few.
   // Returns how many ranks are above.
   LPLB_HD int relieve_to(int64_t cap, bool gathered) {
@@ -344,9 +354,8 @@ class Joint {
       f.classify();
       Set stuck = Set::none();
       while (!f.relieve(stuck) && gathered) {
-        const Set over = f.over;
-        const int r = first_least(warp_, g_.n_ranks,
-                                  [&](int i) { return over.has(i) ? kMostTransferTokens - x_.load[i] : int64_t{-1}; });
+        const int r = first_least(
+            warp_, g_.n_ranks, [&](int i) { return stuck.has(i) ? kMostTransferTokens - most_held(i) : int64_t{-1}; });
         warp_.sync();
         if (warp_.rank() == 0) x_.limit[r] = joint::kNoLimit;
         warp_.sync();

@@ -8,9 +8,6 @@ namespace lplb::cuda {
 
 namespace {
 
-constexpr int kExpertsPerBlock =
-    kWarpSize;  // a lane each; blocks of one warp, for as many multiprocessors as there are
-
 template <class Count>
 __global__ void __launch_bounds__(kExpertsPerBlock, 1) range_kernel(const RangeArguments a) {
   let_next_begin();

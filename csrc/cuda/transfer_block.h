@@ -1,7 +1,7 @@
 // What the one block that plans transfers does, for any team: tests run it on host threads. No CUDA runtime here.
 #pragma once
 
-#include "../core/joint.h"
+#include "../core/llep.h"
 #include "transfer_tables.h"
 
 namespace lplb::cuda {
@@ -26,6 +26,10 @@ struct TransferArguments {
 
 struct JointArguments : TransferArguments {
   JointRules rules;
+};
+
+struct LlepArguments : TransferArguments {  // held is null
+  LlepRules rules;
 };
 
 namespace transfers {
@@ -90,10 +94,10 @@ LPLB_HD inline int64_t total(Warp& warp, int n_experts, int64_t* tokens, int64_t
 
 // Where things are in the block's memory: tables, then tokens, then what add_up wants and, in the same place, the
 // plan's space, where that has room.
-struct BlockMemory {
+struct TransferMemory {
   size_t tokens, space;
 
-  LPLB_HD explicit BlockMemory(const TransferOffsets& o) {
+  LPLB_HD explicit TransferMemory(const TransferOffsets& o) {
     tokens = o.planning_bytes;
     space = tokens + (sizeof(int64_t) * o.n_experts + 15) / 16 * 16;
   }
@@ -106,7 +110,7 @@ LPLB_HD inline void transfer_block(Block& block, const TransferArguments& a, std
     uint64_t low, high;
   };
   const TransferOffsets& o = a.offsets;
-  const BlockMemory at(o);
+  const TransferMemory at(o);
   auto* tokens = reinterpret_cast<int64_t*>(memory + at.tokens);
   auto* partial = reinterpret_cast<int64_t*>(memory + at.space);
   block.each(static_cast<int>(o.planning_bytes / sizeof(Word)),
@@ -132,6 +136,16 @@ LPLB_HD inline void joint_block(Block& block, const JointArguments& a, std::byte
                    Joint<kWords, std::remove_reference_t<decltype(warp)>> joint(warp, problem, a.rules, batch, x);
                    joint.plan();
                    joint.write(all, a.out);
+                 });
+}
+
+template <int kWords, class Block>
+LPLB_HD inline void llep_block(Block& block, const LlepArguments& a, std::byte* memory) {
+  transfer_block(block, a, memory,
+                 [&](auto& warp, const TransferProblem& problem, const int64_t* tokens, int64_t, std::byte* space) {
+                   JointSpace x;
+                   carve_joint(problem, false, space, x);
+                   llep_plan<kWords>(warp, problem, a.rules, tokens, x, a.out);
                  });
 }
 

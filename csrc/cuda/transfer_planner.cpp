@@ -74,7 +74,7 @@ Blocks TransferPlanner::blocks(int64_t n, int n_sms) const { return token_blocks
 std::vector<Launch> TransferPlanner::launches(int64_t n, int n_sms) const {
   const int threads = warps_ * kWarpSize, blocks = this->blocks(n, n_sms).count, n_logical = image_.offsets.n_experts;
   const auto bytes = [](size_t x) { return static_cast<int64_t>(x); };
-  return {{"joint", 1, kTransferThreads, bytes(joint_.shared)},
+  return {{"joint or llep", 1, kTransferThreads, bytes(joint_.shared)},
           {"joint, held", 1, kTransferThreads, bytes(joint_held_.shared)},
           {"count", blocks, threads, bytes(count_shared(n_logical, warps_))},
           {"ranges", range_blocks(n_logical), kExpertsPerBlock, 0},
@@ -108,6 +108,12 @@ void TransferPlanner::joint(const CountTable& counts, const JointRules& rules, c
   const Space& space = held != nullptr ? joint_held_ : joint_;
   const JointArguments a{arguments(counts, held, out, space), rules};
   launch_joint(a, space.shared, stream);
+}
+
+void TransferPlanner::llep(const CountTable& counts, const LlepRules& rules, const TransferArrays& out,
+                           cudaStream_t stream) const {
+  const LlepArguments a{arguments(counts, nullptr, out, joint_), rules};
+  launch_llep(a, joint_.shared, stream);
 }
 
 void TransferPlanner::route(const ServingPlan& plan, const CountTable& counts, int source, const void* indices,

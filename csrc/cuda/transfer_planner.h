@@ -29,6 +29,7 @@ class TransferPlanner {
   // held [n_ranks, slots], or null.
   void joint(const CountTable& counts, const JointRules& rules, const int32_t* held, const TransferArrays& out,
              cudaStream_t stream) const;
+  void llep(const CountTable& counts, const LlepRules& rules, const TransferArrays& out, cudaStream_t stream) const;
   void route(const ServingPlan& plan, const CountTable& counts, int source, const void* indices, int index_bytes,
              int64_t n, int n_sms, void* slots, int64_t* send, cudaStream_t stream) const;
 

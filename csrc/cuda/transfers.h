@@ -12,10 +12,11 @@ inline constexpr int kTransferThreads = 256;  // they add up counts; the first w
 // Dynamic shared memory of the block, with room for `space` bytes of the plan's own.
 inline size_t transfer_shared(const TransferOffsets& offsets, size_t space) {
   const size_t partial = sizeof(int64_t) * transfers::partial_words(offsets.n_experts, kTransferThreads);
-  return BlockMemory(offsets).space + (partial > space ? partial : space);
+  return TransferMemory(offsets).space + (partial > space ? partial : space);
 }
 
 void allow_transfer_shared(int n_ranks, size_t bytes);
 void launch_joint(const JointArguments& a, size_t shared, cudaStream_t stream);
+void launch_llep(const LlepArguments& a, size_t shared, cudaStream_t stream);
 
 }  // namespace lplb::cuda
