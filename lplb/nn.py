@@ -10,6 +10,8 @@ One forward pass:
 
 What a token gets does not depend on which copy of an expert serves it. So outputs and gradients are those of the layer
 without a balancer, up to the order in which the gradient of a weight adds its tokens.
+
+With transfers, slots come from a plan that lets weights travel too; `lplb.lending` has that part.
 """
 
 import copy

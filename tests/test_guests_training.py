@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -86,6 +87,7 @@ class Alive(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._known = set()
+        self._lock = threading.RLock()  # the thread that moves weights may be the last to hold a tensor
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -99,14 +101,16 @@ class Alive(TorchDispatchMode):
         key = storage._cdata
         if key in given or key in self._known or not storage.nbytes():
             return
-        self._known.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
+        with self._lock:
+            self._known.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._gone, key, storage.nbytes())
 
     def _gone(self, key, nbytes):
-        self._known.discard(key)
-        self.now -= nbytes
+        with self._lock:
+            self._known.discard(key)
+            self.now -= nbytes
 
 
 # name: dtype, features of a token, layers, whether guests come again, whether layers are checkpointed
