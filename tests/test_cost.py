@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lplb.cost import EXCHANGES, HARDWARE, Hardware, hardware_by_name, layer_parts, layer_time
+from lplb.cost import EXCHANGES, HARDWARE, Hardware, hardware_by_name, layer_parts, layer_time, transfer_time
 from lplb.models import MODELS, ModelShape, model_by_name
 
 # Round numbers: an expert has 3 * 10 * 20 = 600 weights of 2 bytes: 1,200 bytes, 1,200 operations per token.
@@ -301,3 +301,62 @@ def test_unknown_names_are_answered_with_the_known():
         model_by_name("gpt-5")
     with pytest.raises(ValueError, match=r"'a100'.*'h100'"):
         hardware_by_name("a100")
+
+
+# Weights that travel. A copy takes 12 s over NVLink and 120 s over a card.
+
+
+@pytest.mark.parametrize(
+    ("transfers", "node", "seconds"),
+    [
+        ([], 4, 0),
+        ([(0, 0, 1)], 4, 12),
+        ([(0, 0, 1)], 1, 120),
+        ([(0, 0, 1), (1, 1, 0)], 4, 12),  # in and out beside each other
+        ([(0, 0, 1), (1, 0, 2)], 4, 24),  # two leave one rank
+        ([(0, 1, 0), (1, 2, 0)], 4, 24),  # two come to one rank
+        ([(0, 0, 1), (0, 0, 2), (0, 0, 3)], 4, 24),  # rank 1 passes on what it got
+        ([(0, 0, 1), (0, 0, 2), (0, 3, 1), (0, 3, 2)], 4, 24),  # of each source its own
+        ([(0, 0, 2), (0, 0, 3)], 2, 120),  # to the other node once
+        ([(0, 0, 1), (0, 0, 2), (0, 0, 3)], 2, 120),  # NVLink has nothing to wait for
+        ([(0, 0, 1), (0, 0, 2), (0, 0, 3)], 1, 240),
+        ([(e, 0, 1) for e in range(11)] + [(20, 0, 2)], 2, 132),  # eleven over NVLink take longer than one over a card
+    ],
+)
+def test_transfers_by_hand(transfers, node, seconds):
+    table = np.array([*transfers, (-1, -1, -1)]).reshape(-1, 3)
+    for rows in (table, torch.from_numpy(table.astype(np.int32))):
+        assert transfer_time(rows, 4, SMALL, ROUND, ranks_per_node=node) == pytest.approx(seconds)
+
+
+def test_transfers_are_added():
+    tokens = np.array([[40, 4], [4, 40]])
+    plain = time_of(tokens, 2)
+    np.testing.assert_allclose(time_of(tokens, 2, transfer_seconds=3.5), plain + 3.5)
+    np.testing.assert_allclose(time_of(tokens, 2, transfer_seconds=np.array([1.0, 0.0])) - plain, [1.0, 0.0])
+    parts = layer_parts(tokens, 2, SMALL, ROUND, transfer_seconds=2)
+    assert parts.transfers.tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: transfer_time(np.zeros((2, 2), int), 4, SMALL, ROUND), ValueError, r"transfers has shape \[2, 2\]"),
+        (lambda: transfer_time(np.zeros((2, 3)), 4, SMALL, ROUND), TypeError, "transfers is a ndarray, allowed is"),
+        (lambda: transfer_time([[0, 0, 1]], 4, SMALL, ROUND), TypeError, "transfers is a list, allowed is"),
+        (lambda: transfer_time(np.array([[0, 0, 4]]), 4, SMALL, ROUND), ValueError, "transfers has rank 4, allowed"),
+        (lambda: transfer_time(np.array([[0, -1, 1]]), 4, SMALL, ROUND), ValueError, "transfers has rank -1, allowed"),
+        (lambda: transfer_time(np.array([[0, 0, 1]]), 4, "x", ROUND), TypeError, "model is a str, allowed is"),
+        (
+            lambda: time_of([1, 2], 2, transfer_seconds=-1.0),
+            ValueError,
+            "transfer_seconds is -1.0, allowed is 0 or mor",
+        ),
+        (lambda: time_of([1, 2], 2, transfer_seconds=np.nan), ValueError, "transfer_seconds is nan, allowed"),
+        (lambda: time_of([1, 2], 2, transfer_seconds=np.zeros(3)), TypeError, "transfer_seconds is array"),
+        (lambda: time_of([1, 2], 2, transfer_seconds="1"), TypeError, "transfer_seconds is '1', allowed"),
+    ],
+)
+def test_transfers_are_checked(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()

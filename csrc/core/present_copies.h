@@ -179,7 +179,7 @@ class PresentCopies {
 
   // All tokens at home, `times` as many as there are.
   LPLB_HD void stay_home(const CopyTables& g, int64_t times) {
-    warp_.sync();  // everybody has read what was there
+    warp_.sync();
     warp_.each(g.n_copies, [&](int c) {
       const int e = g.replica_expert[c];
       const int home = g.n_ranks == p_.n_ranks ? p_.home(e) : g.replica_rank[g.expert_begin[e]];
@@ -310,6 +310,7 @@ class PresentCopies {
     const int step = by_domain ? p_.domain : p_.n_ranks;
     for (int first = 0; g_.shared && first < p_.n_ranks; first += step) {
       const auto within = [&](int r) { return r >= first && r < first + step; };
+      warp_.sync();
       warp_.each(p_.n_ranks, [&](int r) { x_.limit[r] = within(r) ? cap : x_.load[r]; });  // others keep what they have
       warp_.sync();
       Walk f = walk(g_);
