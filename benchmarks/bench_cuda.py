@@ -47,6 +47,7 @@ if (ROOT / "lplb" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists():  # 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from cases import cube, eplb_like_placement, lplb_placement  # noqa: E402
+from cuda_transfer_rows import Timed, TransferCase, transfer_cases  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rows import commit  # noqa: E402
@@ -477,6 +478,33 @@ def bench_tokens(case: Batch, copy_rate: float) -> list[Row]:
     return [whole, row(f"count alone, {case.name}", count_times, n_sets)]
 
 
+def bench_transfers(case: TransferCase) -> list[Row]:
+    """A plan with transfers, and for the joint one the mapping of a rank's tokens by it."""
+    name = f"transfers, {case.name}: {case.strategy}"
+    timed = Timed(case, DEVICE)
+    timed.poison()
+    for call in timed.calls:
+        call()
+    timed.check()
+    graph, _ = captured(timed.calls)
+    timed.poison()
+    times = replay_times(graph)
+    timed.check()
+    cpu = cpu_microseconds(timed.on_cpu)
+    rows = [row(name, times, len(timed.calls), bar_us=case.bar, cpu_us=cpu)]
+    rows[0].note = f"{timed.transfers:.1f} transfers"
+    if case.strategy == "joint":
+        tokens = int(case.counts[0][1].sum())
+        routes, wanted = timed.routes(tokens)
+        check_same(name, [call().slots for call in routes], wanted)
+        graph, results = captured(routes)
+        poison([routed.slots for routed in results])
+        times = replay_times(graph)
+        check_same(name, [routed.slots for routed in results], wanted)
+        rows.append(row(f"route by range, {case.name}: {tokens} tokens int64", times, len(routes)))
+    return rows
+
+
 def copy_rate() -> float:
     """Bytes per second, read and written, of large copies on the device."""
     buffers = [torch.ones(COPY_BYTES, dtype=torch.uint8, device=DEVICE) for _ in range(3)]
@@ -641,6 +669,8 @@ def print_plan() -> int:
             bar = f"{case.bar or ''}" + (f" ({case.bar_eager:g} eager)" if case.bar_eager else "")
             every = launches(p.placement, p.group_size, "builtin", n, case.dtype.itemsize, 1, sms, shared)
             add(f"{kind}, {case.name}", bar, [line for line in every if kind == "run" or line[0] != "solve"])
+    for case in transfer_cases(1):
+        add(f"transfers, {case.name}: {case.strategy}", f"{case.bar or ''}", case.launches(sms, shared))
     console.print(table)
     return 0
 
@@ -711,7 +741,7 @@ def measure(only: str) -> tuple[list[Row], list[dict[str, Any]], float]:
     """All rows whose group's name has the word."""
     flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=DEVICE)
     rate = copy_rate()
-    wanted = [name for name in ("floor", "solve", "run", "count") if only in name]
+    wanted = [name for name in ("floor", "solve", "run", "count", "transfers") if only in name]
     rows, facts = bench_floor() if "floor" in wanted else ([], [])
     floors = list(rows)
     cases = solves() if "solve" in wanted else []
@@ -728,6 +758,8 @@ def measure(only: str) -> tuple[list[Row], list[dict[str, Any]], float]:
             rows += bench_gathered_run(batch, flush)
     for batch in token_batches() if "count" in wanted else []:
         rows += bench_tokens(batch, rate)
+    for transfer_case in transfer_cases(SETS) if "transfers" in wanted else []:
+        rows += bench_transfers(transfer_case)
     return rows, facts, rate
 
 
@@ -737,7 +769,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/<device>-<date>.json")
     parser.add_argument("--label", help="a variant's name, which goes into the file's name")
     parser.add_argument("--compare", type=Path, help="a file of earlier rows, for the column before")
-    parser.add_argument("--only", default="", help="floor, solve, run or count")
+    parser.add_argument("--only", default="", help="floor, solve, run, count or transfers")
     parser.add_argument("--strict", action="store_true", help="exit code 1 when a bar is missed")
     parser.add_argument("--compile-floor", type=Path, metavar="FOLDER", help="compile gpu_floor.cu and stop")
     parser.add_argument("--target", help="for --compile-floor: 90 for sm_90; by default the device's")

@@ -25,9 +25,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from lplb import TransferPlanner
 from lplb.nn import ExpertParallelMoE, GuestSlots
 from lplb.scenes import LLEP_SCENES, LlepScene, llep_scene
+from lplb.transfers import TransferPlanner
 
 SMALLER = 8  # on a CPU: hidden and FFN sizes; tokens by its square
 MEMORY_SLOTS = 2
@@ -170,13 +170,15 @@ def run_memory(rank: int, folder: str, counts: torch.Tensor, ffn: int) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     n_ranks, n_experts = counts.shape
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks)
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[int, int, int]] = {}
+    planner = TransferPlanner(n_experts, n_ranks, slots=MEMORY_SLOTS)
+    planned = {"plain": int(at_home(counts.numpy()).sum(0)[rank]), "lplb": int(planner.plan(counts).rank_load[rank])}
     chosen = torch.arange(n_experts).repeat_interleave(counts[rank])
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(rank))]
     for name in ("plain", "lplb"):
         given: dict[str, Any] = {}
         if name == "lplb":
-            given["transfers"] = TransferPlanner(n_experts, n_ranks, slots=MEMORY_SLOTS)
+            given["transfers"] = planner
             given["guests"] = GuestSlots(MEMORY_SLOTS, hidden_size=n_experts, ffn_size=ffn)
         # As many features as experts, and a router that reads the choice off the token.
         layer = ExpertParallelMoE(n_experts, ffn, n_experts, 1, group=dist.group.WORLD, **given)
@@ -191,7 +193,7 @@ def run_memory(rank: int, folder: str, counts: torch.Tensor, ffn: int) -> None:
                         out.sum().backward()
                 del out, x
             assert layer.received is not None
-            found[f"{name} {kind}"] = memory.peak, int(layer.received.sum())
+            found[f"{name} {kind}"] = memory.peak, int(layer.received.sum()), planned[name]
         del layer, given
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -210,14 +212,16 @@ def bench_memory() -> list[Row]:
         multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "lplb"])
         start_processes(run_memory, (folder, counts, ffn), n_ranks, start_method="forkserver")
         found = [torch.load(f"{folder}/{rank}.pt") for rank in range(n_ranks)]
-    rows = []
+    off = max(abs(got - planned) for rank in found for _, got, planned in rank.values())
+    what = f"{n_ranks} gloo processes, 95 % in 1"
+    rows = [Row(f"a rank's tokens against the plan, {what}", off, "tokens", 1, "<=")]
     for kind in ("forward", "training"):
         plain, ours = (max(rank[f"{name} {kind}"][0] for rank in found) for name in ("plain", "lplb"))
         tokens = [max(rank[f"{name} {kind}"][1] for rank in found) for name in ("plain", "lplb")]
         rows.append(
             Row(
-                f"peak memory of a rank, {n_ranks} gloo processes, 95 % in 1, {rows_per_rank} rows per rank, hidden "
-                f"{n_experts}, {kind}: plain EP over lplb",
+                f"peak memory of a rank, {what}, {rows_per_rank} rows per rank, hidden {n_experts}, {kind}: "
+                "plain EP over lplb",
                 plain / ours,
                 "×",
                 4,

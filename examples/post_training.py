@@ -20,8 +20,8 @@ from small_moe import DOMAINS, Model, ModelConfig, imbalance, start, texts, wind
 from torch import Tensor, nn
 from train_ep import Trainer
 
-from lplb import TransferPlan, TransferPlanner
 from lplb.nn import GuestSlots
+from lplb.transfers import TransferPlan, TransferPlanner
 
 DOMAIN = "tables"
 HOT = 4  # experts that the domain wants, in every layer; all of rank 0
@@ -66,11 +66,11 @@ def table(losses: Tensor, loads: Tensor, transfers: Tensor) -> Table:
         "step",
         "loss",
         "transfers:\nother by",
-        "plain EP",
-        "transfers",
-        "imbalance",
-        "transfers",
-        "experts sent",
+        "tokens:\nplain EP",
+        "tokens:\ntransfers",
+        "imbalance:\nplain EP",
+        "imbalance:\ntransfers",
+        "experts\nsent",
     ):
         shown.add_column(name, justify="right", no_wrap=True)
     for step, ((plain, other), sent) in enumerate(zip(losses.tolist(), transfers.tolist(), strict=True)):

@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn import functional
 
-from lplb import Planner, TransferPlanner
+from lplb import Planner
 from lplb.nn import ExpertParallelMoE, GuestSlots
+from lplb.transfers import TransferPlanner
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from trace_model import DOMAINS, LanguageModel, ModelConfig, Tokenizer, reference_documents, stdlib_documents

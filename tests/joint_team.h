@@ -146,12 +146,12 @@ void plan_alone(const Case& c, bool llep, const std::vector<int64_t>& tokens, st
   joint.write(std::accumulate(tokens.begin(), tokens.end(), int64_t{0}), plan.arrays());
 }
 
-Plan plan_on_block(const Case& c, bool llep, int size, bool narrow, bool on_device) {
+Plan plan_on_block(const Case& c, bool llep, int size, bool narrow, bool staged, bool on_device) {
   Plan plan(c.tables->problem());
   const cuda::TransferImage image = cuda::make_transfer_image(c.tables->problem(), c.map->tables());
   const size_t space = space_bytes(c), inside = cuda::transfers::partial_words(c.n_experts, size) * sizeof(int64_t);
   Memory image_memory(image.bytes.size()), device(space),
-      shared(cuda::TransferMemory(image.offsets).space + (on_device ? inside : std::max(space, inside)));
+      shared(cuda::TransferMemory(image.offsets, staged).space + (on_device ? inside : std::max(space, inside)));
   std::copy(image.bytes.begin(), image.bytes.end(), image_memory.begin());
   std::vector<int32_t> small(c.counts.begin(), c.counts.end());
   cuda::JointArguments joint{};
@@ -160,6 +160,7 @@ Plan plan_on_block(const Case& c, bool llep, int size, bool narrow, bool on_devi
   joint.counts = {c.counts.data(), 8, c.n_experts, c.n_ranks, 0};
   if (narrow) joint.counts.first = small.data(), joint.counts.bytes = 4;
   joint.out = plan.arrays();
+  joint.staged = staged;
   joint.space = on_device ? device.begin() : nullptr;
   joint.faults = plan.faults;
   cuda::LlepArguments least_loaded{};
@@ -204,8 +205,9 @@ void compare(const Case& c, bool llep, int size, Wrong wrong, Random& random, co
   const long during = allocations.load() - before;  // apart: the text below allocates
   check(during == 0, c.name + ": " + std::to_string(during) + " allocations while planning");
 
-  const bool narrow = wrong == Wrong::nothing && draw(random, 0, 1) != 0, on_device = draw(random, 0, 1) != 0;
-  const Plan block = plan_on_block(c, llep, size, narrow, on_device);
+  const bool narrow = wrong == Wrong::nothing && draw(random, 0, 1) != 0, on_device = draw(random, 0, 1) != 0,
+             staged = draw(random, 0, 2) != 0;
+  const Plan block = plan_on_block(c, llep, size, narrow, staged, on_device);
   const std::string what = std::to_string(size) + " threads, " + (llep ? "llep" : "joint") + ", " + c.name;
   check_same(block.quota, alone.quota, what + ": quota");
   check_same(block.rank_load, alone.rank_load, what + ": rank_load");

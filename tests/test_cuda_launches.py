@@ -107,3 +107,39 @@ def test_tables_and_scratch_have_the_size_of_the_problem() -> None:
     # per block a row of the prefix, and one of every warp
     assert small.scratch_bytes >= SMS * 64 * 4 * (1 + 16)
     assert large.scratch_bytes >= SMS * 256 * 4 * (1 + 16)
+
+
+def transfers(n_ranks: int, n_logical: int, slots: int, *, shared: int = H100) -> "_C.CudaTransfers":
+    """Experts in blocks, one copy each."""
+    ranks = (np.arange(n_logical) * n_ranks // n_logical).tolist()
+    return _C.CudaTransfers(ranks, list(range(n_logical)), n_logical, n_ranks, slots, n_ranks, shared, SMS)
+
+
+@pytest.mark.parametrize("shared", [H100, A100, RTX])
+@pytest.mark.parametrize(("n_ranks", "n_logical"), [(1, 1), (8, 128), (8, 384), (64, 256), (128, 512), (128, 4096)])
+def test_plans_with_transfers_are_one_block_that_fits(n_ranks: int, n_logical: int, shared: int) -> None:
+    for slots in (1, 2, n_logical):
+        p = transfers(n_ranks, n_logical, slots, shared=shared)
+        plain, held, *tokens = p.launches(32768, SMS)
+        for _, blocks, threads, bytes_used in (plain, held):
+            assert (blocks, threads) == (1, 256)
+            assert 8 * n_logical < bytes_used <= shared - 64
+        assert [name for name, *_ in tokens] == ["count", "ranges", "route"]
+        assert all(blocks >= 1 and bytes_used <= shared for _, blocks, _, bytes_used in tokens)
+        assert len(p.tables) % 16 == 0
+        assert p.width == -(-n_logical // n_ranks) + slots
+        assert p.rows == min(n_ranks * slots, n_logical + 2 * n_ranks)
+        # ranges of every expert on every rank, and prefixes of blocks and of warps
+        assert p.scratch_bytes >= 4 * n_logical * (2 * n_ranks + SMS * 2)
+
+
+def test_what_shared_memory_has_no_room_for_is_in_device_memory() -> None:
+    few, many = (transfers(64, 256, slots) for slots in (2, 256))
+    assert few.launches(1, 1)[1][3] > few.launches(1, 1)[0][3]  # copies that guest slots hold
+    assert many.launches(1, 1)[1][3] < few.launches(1, 1)[1][3]
+    assert many.scratch_bytes > few.scratch_bytes + 500_000
+
+
+def test_experts_that_do_not_fit_are_refused_with_need_and_limit() -> None:
+    with pytest.raises(ValueError, match=r"planning transfers of 4096 .* on 128 ranks needs \d+ bytes .*are 65536 per"):
+        transfers(128, 4096, 2, shared=65536)

@@ -1,13 +1,17 @@
 """Batches of LLEP and UltraEP: whole choices, the shares that they promise, the same counts from the same seed."""
 
+import importlib
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from reference_bounds import blocks, least_transfers
 
 from lplb import scenes
 from lplb.scenes import LLEP_SCENES, llep_scene, skewed_scene, zipf_scene
+from lplb.transfers import TransferPlanner
 
 SHARES = (0.3, 0.5, 0.8, 0.95)
 
@@ -200,3 +204,35 @@ def test_sixteen_hot_experts_on_one_rank_need_fourteen_transfers():
         if scene.hot:
             assert least_transfers(scene.counts("first"), 8) == (14 if scene.hot == 16 else 7), name
             assert least_transfers(scene.counts("published"), 8) == 7, name
+
+
+# ---- the peer of benchmarks
+
+
+@pytest.fixture
+def plain_lla(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    return importlib.import_module("plain_lla").plain_lla
+
+
+def test_the_peer_by_hand(plain_lla):
+    """Capacity 10: rank 0 keeps 8 of expert 0 beside the 2 of expert 1; 6 go where 4 are, and 6 where 4 are."""
+    made = plain_lla(torch.tensor([[12, 1, 1, 2, 2, 0], [8, 1, 0, 1, 0, 2], [0] * 6]), 3, alpha=1.0, m=1)
+    assert made.transfers == [(0, 0, 1, 6), (0, 0, 2, 6)]
+    assert made.rank_load == [10, 10, 10]
+    assert made.imbalance == 1
+
+
+@pytest.mark.parametrize("number_by_number", [False, True])
+@pytest.mark.parametrize(("alpha", "m"), [(1.0, 1), (1.0, 1024), (1.1, 1024), (1.01, 1), (1.3, 200)])
+def test_the_peer_decides_as_the_compatible_strategy(alpha, m, number_by_number, plain_lla):
+    batches = [llep_scene(64, 8, 4, 4096, hot=h, share=s, where="random", seed=h) for h in (1, 4, 16) for s in SHARES]
+    batches += [zipf_scene(64, 8, 4, 1000 + seed, exponent=1.1, seed=seed) for seed in range(10)]
+    batches[-1][0, 0] += 3  # a total that 8 does not divide
+    planner = TransferPlanner(64, 8, strategy="llep", compat=True, alpha=alpha, m=m, lam=1.0)
+    for counts in map(torch.from_numpy, batches):
+        made, plan = plain_lla(counts, 8, alpha, m, number_by_number=number_by_number), planner.plan(counts)
+        assert made.rank_load == plan.rank_load.tolist()
+        travelled = {tuple(row) for row in plan.transfers[: plan.n_transfers].tolist()}
+        assert {t[:3] for t in made.transfers} == travelled
+        assert sum(made.rank_load) == int(counts.sum())

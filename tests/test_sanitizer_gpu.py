@@ -19,6 +19,7 @@ from typing import Any
 
 import cases
 import numpy as np
+from sanitized_transfers import run_transfers
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERROR = 86  # what the sanitizer returns when it has found something
@@ -268,6 +269,7 @@ def placements() -> list[tuple[str, np.ndarray, int, int]]:
 def main(seconds: float) -> int:
     """Run everything, as far as the time goes."""
     native, device, begin = extension(), Device(), time.perf_counter()
+    run_transfers(native, device)
     for name, phy2log, n_ranks, group_size in placements():
         for linalg in native.linalgs:
             problem = Problem(native, device, phy2log, n_ranks, group_size, linalg)

@@ -21,6 +21,7 @@ struct TransferArguments {
   const int32_t* held;  // [n_ranks, n_slots], or null
   TransferArrays out;
   std::byte* space;  // device memory for the plan, or null where the block's own has room for it
+  bool staged;       // whether the block's own memory has room for the tables
   int64_t* faults;
 };
 
@@ -92,13 +93,13 @@ LPLB_HD inline int64_t total(Warp& warp, int n_experts, int64_t* tokens, int64_t
 
 }  // namespace transfers
 
-// Where things are in the block's memory: tables, then tokens, then what add_up wants and, in the same place, the
-// plan's space, where that has room.
+// Where things are in the block's memory: tables, if they are staged, then tokens, then what add_up wants and, in the
+// same place, the plan's space, where that has room.
 struct TransferMemory {
   size_t tokens, space;
 
-  LPLB_HD explicit TransferMemory(const TransferOffsets& o) {
-    tokens = o.planning_bytes;
+  LPLB_HD TransferMemory(const TransferOffsets& o, bool staged) {
+    tokens = staged ? o.planning_bytes : 0;
     space = tokens + (sizeof(int64_t) * o.n_experts + 15) / 16 * 16;
   }
 };
@@ -110,16 +111,16 @@ LPLB_HD inline void transfer_block(Block& block, const TransferArguments& a, std
     uint64_t low, high;
   };
   const TransferOffsets& o = a.offsets;
-  const TransferMemory at(o);
+  const TransferMemory at(o, a.staged);
   auto* tokens = reinterpret_cast<int64_t*>(memory + at.tokens);
   auto* partial = reinterpret_cast<int64_t*>(memory + at.space);
-  block.each(static_cast<int>(o.planning_bytes / sizeof(Word)),
+  block.each(a.staged ? static_cast<int>(o.planning_bytes / sizeof(Word)) : 0,
              [&](int i) { reinterpret_cast<Word*>(memory)[i] = reinterpret_cast<const Word*>(a.image)[i]; });
   if (a.counts.bytes == 8)
     transfers::add_up(block, a.counts.as<int64_t>(), o.n_experts, partial, tokens, a.faults);
   else
     transfers::add_up(block, a.counts.as<int32_t>(), o.n_experts, partial, tokens, a.faults);
-  const TransferProblem problem = o.problem(memory);
+  const TransferProblem problem = o.problem(a.staged ? memory : a.image);
   block.first_warp([&](auto& warp) {
     const int64_t all = transfers::total(warp, o.n_experts, tokens, a.faults);
     make(warp, problem, tokens, all, a.space != nullptr ? a.space : memory + at.space);

@@ -61,12 +61,17 @@ TransferPlanner::TransferPlanner(const std::vector<int32_t>& resident_rank, cons
 }
 
 TransferPlanner::Space TransferPlanner::space_for(size_t bytes, int64_t shared_bytes) const {
-  const size_t inside = transfer_shared(image_.offsets, bytes), outside = transfer_shared(image_.offsets, 0);
-  if (static_cast<int64_t>(kStaticShared + inside) <= shared_bytes) return {inside, false};
-  check_fits("planning transfers of " + std::to_string(image_.offsets.n_experts) + " logical experts on " +
-                 std::to_string(image_.offsets.n_ranks) + " ranks",
-             kStaticShared + outside, shared_bytes);
-  return {outside, true};
+  const TransferOffsets& o = image_.offsets;
+  const Space best_first[] = {{transfer_shared(o, true, bytes), true, false},
+                              {transfer_shared(o, true, 0), true, true},
+                              {transfer_shared(o, false, bytes), false, false},
+                              {transfer_shared(o, false, 0), false, true}};
+  for (const Space& space : best_first)
+    if (static_cast<int64_t>(kStaticShared + space.shared) <= shared_bytes) return space;
+  check_fits("planning transfers of " + std::to_string(o.n_experts) + " logical experts on " +
+                 std::to_string(o.n_ranks) + " ranks",
+             kStaticShared + best_first[3].shared, shared_bytes);
+  return best_first[3];
 }
 
 Blocks TransferPlanner::blocks(int64_t n, int n_sms) const { return token_blocks(n, std::min(n_sms, sms_), warps_); }
@@ -98,9 +103,8 @@ void TransferPlanner::need_memory() const {
 TransferArguments TransferPlanner::arguments(const CountTable& counts, const int32_t* held, const TransferArrays& out,
                                              const Space& space) const {
   need_memory();
-  return {
-      image_begin_, image_.offsets, counts, held, out, space.on_device ? scratch<std::byte>(scratch_.space) : nullptr,
-      faults_};
+  std::byte* device = space.on_device ? scratch<std::byte>(scratch_.space) : nullptr;
+  return {image_begin_, image_.offsets, counts, held, out, device, space.staged, faults_};
 }
 
 void TransferPlanner::joint(const CountTable& counts, const JointRules& rules, const int32_t* held,

@@ -37,10 +37,10 @@ class TransferPlanner {
   struct Scratch {
     size_t arrived, halt, outside, prefix, warp_prefix, row, range_n, range_end, range_slot, space, bytes;
   };
-  // A plan's own memory: in the block's shared memory where that suffices.
+  // What is in the block's shared memory, as far as that goes: tables, and the plan's own space.
   struct Space {
     size_t shared;  // of the block
-    bool on_device;
+    bool staged, on_device;
   };
   Space space_for(size_t bytes, int64_t shared_bytes) const;
   TransferArguments arguments(const CountTable& counts, const int32_t* held, const TransferArrays& out,
