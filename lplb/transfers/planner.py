@@ -69,7 +69,8 @@ class TransferPlanner:
         placement: where experts live: a `Placement`, replicas and all; or for each rank a sequence of its experts, of
             any length; by default one copy each, in blocks.
         strategy: ``"joint"``, ``"llep"`` or ``"auto"``.
-        alpha: at least 1; with ``"llep"`` no rank is to have more than ``max(1, ⌊alpha · ⌊tokens / ranks⌋⌋)`` tokens.
+        alpha: at least 1; with ``"llep"`` no rank is to have more than ``max(1, ⌊alpha · ⌊tokens / ranks⌋⌋)`` tokens,
+            where there are as many tokens as ranks.
         m: fewest tokens that a guest serves, 0 or 1 for no minimum; by default 1024 with ``"llep"``, as published, and
             1 otherwise.
         lam: at least 1; with ``"llep"``, batches of less imbalance under plain expert parallelism take that.
@@ -213,6 +214,7 @@ class TransferPlanner:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build the core again."""
+        devices.check_backend("device", state["device"])
         self.__dict__.update(state)
         self._compile()
 
