@@ -489,3 +489,91 @@ class CpuTransfers:
     ) -> tuple[int, int]:
         """Write max_load int64 and transfers int32 ``[capacity]``: the largest rank load for every number of transfers
         that lowers it. Returns what plans do, and how many points there are."""
+
+class CudaTransfers:
+    """Plans with transfers, and tokens by range, on CUDA, in builds with it; see `CudaPlanner` for memory and streams.
+
+    Arguments as for `CpuTransfers` and `CpuRanges`, with addresses of device memory. Results are the same, but that
+    counts which are refused make a plan of no tokens.
+    """
+
+    def __init__(
+        self,
+        resident_rank: Sequence[int],
+        resident_expert: Sequence[int],
+        n_logical: int,
+        n_ranks: int,
+        slots: int,
+        domain: int,
+        shared_bytes: int,
+        sms: int,
+    ) -> None:
+        """Host only. ValueError names need and limit where shared memory does not suffice."""
+
+    @property
+    def tables(self) -> bytes:
+        """To be copied to device memory, 16-byte aligned."""
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory, zeros at the start."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table of transfers."""
+
+    @property
+    def width(self) -> int:
+        """Virtual slots per rank."""
+
+    def launches(self, n: int, n_sms: int) -> list[tuple[str, int, int, int]]:
+        """(kernel, blocks, threads per block, dynamic shared bytes) of a plan without and with ``held``, and of the
+        three kernels that route ``n`` tokens. Host only."""
+
+    def bind(self, tables: int, scratch: int, faults: int) -> None:
+        """Take the memory. ``faults``: int64 ``[4]`` in pinned host memory that the device can write.
+
+        ``faults``: indices outside ``[-1, n_logical)`` since the start; 1 + an expert of which a source had other
+        tokens than its plan; 1 if a count was negative; 1 if a batch had `most_transfer_tokens` or more.
+        """
+
+    def joint(
+        self,
+        counts: _Counts,
+        tolerance: float,
+        max_tokens: int,
+        max_transfers: int,
+        min_tokens: int,
+        held: int,
+        out: _TransferArrays,
+        stream: int,
+    ) -> None:
+        """As `CpuTransfers.joint`."""
+
+    def llep(
+        self,
+        counts: _Counts,
+        alpha: float,
+        m: int,
+        lam: float,
+        compat: bool,
+        max_tokens: int,
+        out: _TransferArrays,
+        stream: int,
+    ) -> None:
+        """As `CpuTransfers.llep`."""
+
+    def route(
+        self,
+        plan: tuple[int, int],
+        counts: _Counts,
+        ranks_per_node: int,
+        source: int,
+        indices: tuple[int, int, int],
+        n_sms: int,
+        slots: int,
+        send: int,
+        stream: int,
+    ) -> None:
+        """As `CpuRanges.route`, but that indices outside go to -1 and tokens beyond the counted ones to their expert's
+        last range."""

@@ -22,8 +22,8 @@ from lplb.plan import SOLVERS, SPLITS, Plan, Rules, empty_plan
 _FAULTS_PER_PAGE = 128
 
 
-class Faults:
-    """What kernels report of wrong input: four int64 in pinned host memory.
+class FaultWords:
+    """Four int64 in pinned host memory, into which kernels write what they find wrong.
 
     The memory is never given back: a kernel may be on its way, or in a graph, when its planner goes.
     """
@@ -34,12 +34,12 @@ class Faults:
 
     def __init__(self) -> None:
         """Take four zeros of a page."""
-        with Faults._lock:
-            if not Faults._free:
+        with FaultWords._lock:
+            if not FaultWords._free:
                 page = torch.zeros(_FAULTS_PER_PAGE, 4, dtype=torch.int64, device="cpu", pin_memory=True)
-                Faults._free.extend(page)
-                Faults._pages.append(page)
-            row = Faults._free.pop()
+                FaultWords._free.extend(page)
+                FaultWords._pages.append(page)
+            row = FaultWords._free.pop()
         self.address = row.data_ptr()
         self._words: memoryview[int] = memoryview(row.numpy())  # type: ignore[arg-type, unused-ignore]
         self._raised_outside = 0
@@ -49,28 +49,40 @@ class Faults:
         """Indices outside ``[-1, n_logical)``, as far as the device has got."""
         return int(self._words[0])
 
-    def check(self, n_logical: int, strict: bool) -> None:
-        """Raise what the device reported since the last time; indices outside only where ``strict``."""
-        outside, differing, too_many, _ = self._words
-        if differing:
-            self._words[1] = 0
-            raise EarlierFault(
-                f"rank {differing - 1} refused its input, has another placement or other settings than this rank, or "
-                "called another method, or another planner of the group, in an earlier call, whose results are all -1. "
-                f"Rank {differing - 1} says what it was where it raised; allowed is the same placement, settings and "
-                "method on every rank, and where several threads call planners of one group, one order of calls"
-            )
-        if too_many:
-            self._words[2] = 0
-            raise EarlierFault(
-                f"an expert had more than {2**31 - 1} tokens over all ranks in an earlier call, allowed are {2**31 - 1}"
-            )
+    def _take(self, word: int) -> int:
+        """What a kernel has written, which is then forgotten."""
+        value = self._words[word]
+        if value:
+            self._words[word] = 0
+        return value
+
+    def _check_outside(self, n_logical: int, strict: bool) -> None:
+        outside = self._words[0]
         if strict and outside > self._raised_outside:
             new, self._raised_outside = outside - self._raised_outside, outside
             raise EarlierFault(
                 f"idx had {new} indices in earlier calls that are not allowed and were mapped to -1; allowed is -1 "
                 f"(masked) or 0 to n_logical - 1 = {n_logical - 1}"
             )
+
+
+class Faults(FaultWords):
+    """What kernels report of wrong input to a planner."""
+
+    def check(self, n_logical: int, strict: bool) -> None:
+        """Raise what the device reported since the last time; indices outside only where ``strict``."""
+        if differing := self._take(1):
+            raise EarlierFault(
+                f"rank {differing - 1} refused its input, has another placement or other settings than this rank, or "
+                "called another method, or another planner of the group, in an earlier call, whose results are all -1. "
+                f"Rank {differing - 1} says what it was where it raised; allowed is the same placement, settings and "
+                "method on every rank, and where several threads call planners of one group, one order of calls"
+            )
+        if self._take(2):
+            raise EarlierFault(
+                f"an expert had more than {2**31 - 1} tokens over all ranks in an earlier call, allowed are {2**31 - 1}"
+            )
+        self._check_outside(n_logical, strict)
 
 
 class StreamOrder:

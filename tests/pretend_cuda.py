@@ -102,6 +102,49 @@ class CudaPlanner:
         return np.where(outside, -1, given).astype(given.dtype), int(outside.sum())
 
 
+class CudaTransfers:
+    """`lplb._C.CudaTransfers` as lplb/_C.pyi describes it, for addresses in host memory."""
+
+    def __init__(self, resident_rank, resident_expert, n_logical, n_ranks, slots, domain, shared_bytes, sms):
+        self.tables = bytes(48)
+        self.scratch_bytes = 80
+        self._cpu = _C.CpuTransfers(resident_rank, resident_expert, n_logical, n_ranks, slots, domain)
+        self._ranges = _C.CpuRanges(resident_rank, resident_expert, n_logical, n_ranks, slots)
+        self._n_logical, self._sms = n_logical, sms
+        self.rows, self.width = self._cpu.rows, self._ranges.width
+
+    def bind(self, tables, scratch, faults):
+        assert tables % 16 == 0
+        assert not array(scratch, np.uint8, self.scratch_bytes).any()
+        self._faults = array(faults, np.int64, 4)
+
+    def joint(self, counts, tolerance, max_tokens, max_transfers, min_tokens, held, out, stream):
+        self._plan(counts, lambda c: self._cpu.joint(c, tolerance, max_tokens, max_transfers, min_tokens, held, out))
+
+    def llep(self, counts, alpha, m, lam, compat, max_tokens, out, stream):
+        self._plan(counts, lambda c: self._cpu.llep(c, alpha, m, lam, compat, max_tokens, out))
+
+    def _plan(self, counts, plan):
+        refused = plan(counts)
+        if refused:
+            self._faults[2 if refused > 0 else 3] = 1
+            nothing = np.zeros(self._n_logical, dtype=np.int64)
+            assert plan((nothing.ctypes.data, 8, 1, 0)) == 0
+
+    def route(self, plan, counts, ranks_per_node, source, indices, n_sms, slots, send, stream):
+        assert 1 <= n_sms <= self._sms
+        address, index_bytes, n = indices
+        given = array(address, np.int64 if index_bytes == 8 else np.int32, n)
+        outside = (given < -1) | (given >= self._n_logical)
+        self._faults[0] += int(outside.sum())
+        allowed = np.where(outside, -1, given).astype(given.dtype)
+        where = allowed.ctypes.data, index_bytes, n
+        bad, expert = self._ranges.route(plan, counts, ranks_per_node, source, where, slots, send, 1)
+        assert bad == -1
+        if expert >= 0:
+            self._faults[1] = 1 + expert
+
+
 def array(address, dtype, *shape):
     """The memory at an address."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -137,8 +180,10 @@ def pretend(set_attribute=setattr):
     state = Pretended()
     _C.CudaPlanner = getattr(_C, "CudaPlanner", None)  # for monkeypatch to have something to put back
     set_attribute(_C, "CudaPlanner", CudaPlanner)
+    _C.CudaTransfers = getattr(_C, "CudaTransfers", None)
+    set_attribute(_C, "CudaTransfers", CudaTransfers)
     set_attribute(cpu, "Backend", lambda *settings: cuda.Backend(*settings, before=None))
-    set_attribute(cuda.Faults, "_free", list(torch.zeros(200, 4, dtype=torch.int64)))
+    set_attribute(cuda.FaultWords, "_free", list(torch.zeros(200, 4, dtype=torch.int64)))
     set_attribute(devices, "shared_bytes", lambda device: 232448)
     properties = SimpleNamespace(multi_processor_count=SMS, name="pretended")
     set_attribute(torch.cuda, "get_device_properties", lambda device: properties)

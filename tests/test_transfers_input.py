@@ -140,8 +140,12 @@ def held(*guests, slots=2):
 
 
 HELD = [
-    ([1], TypeError, "held is a list, allowed is a torch.int32 tensor, or None"),
-    (held().long(), TypeError, "held is a torch.int64 tensor [4, 2], allowed is a torch.int32 tensor, or None"),
+    ([1], TypeError, "held is a list, allowed is a torch.int32 tensor, an lplb.TransferPlan or None"),
+    (
+        held().long(),
+        TypeError,
+        "held is a torch.int64 tensor [4, 2], allowed is a torch.int32 tensor, an lplb.TransferPlan or None",
+    ),
     (held(slots=3), ValueError, "held has shape [4, 3], allowed is [ranks, slots] = [4, 2]"),
     (held((1, 1, 8)), ValueError, "held[1, 1] is 8, allowed is -1 to 7"),
     (held((3, 0, -2)), ValueError, "held[3, 0] is -2, allowed is -1 to 7"),
@@ -163,6 +167,24 @@ def test_held(given, kind, message):
             call(good(), held=given)
         assert message in str(caught.value)
     assert planner.plan(good(), held=held((1, 0, 0), (0, 1, 2))).n_transfers >= 0
+
+
+def test_plans_are_held():
+    planner = TransferPlanner(8, 4, slots=2)
+    plan = planner.plan(good())
+    assert planner.plan(good(), held=plan).fingerprint() == planner.plan(good(), held=plan.guests).fingerprint()
+    for other in (TransferPlanner(8, 4, slots=3), TransferPlanner(8, 2, slots=2)):
+        with pytest.raises(ValueError, match=r"held has shape \[4, 2\], allowed is"):
+            other.plan(good()[: other.n_ranks], held=plan)
+    elsewhere = TransferPlanner(8, 4, slots=2, placement=[[6, 7], [4, 5], [2, 3], [0, 1]])
+    assert (plan.guests >= 0).any()
+    plan.guests.fill_(8)  # not as it was made
+    with pytest.raises(ValueError, match=r"held\[0, 0\] is 8, allowed is -1 to 7"):
+        planner.plan(good(), held=plan)
+    plan.guests.fill_(-1)
+    plan.guests[0, 0] = 6
+    with pytest.raises(ValueError, match="held has expert 6 on rank 0, where it is resident"):
+        elsewhere.plan(good(), held=plan)
 
 
 def test_llep_keeps_no_copies():

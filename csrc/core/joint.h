@@ -256,6 +256,7 @@ class Joint {
 
   // All tokens at home, `times` as many as there are.
   LPLB_HD void stay_home(const CopyTables& g, int64_t times) {
+    warp_.sync();
     warp_.each(g.n_copies, [&](int c) {
       const int e = g.replica_expert[c];
       const int home = g.n_ranks == p_.n_ranks ? p_.home(e) : g.replica_rank[g.expert_begin[e]];
@@ -273,6 +274,7 @@ class Joint {
   }
 
   LPLB_HD void set_limits(int n, int64_t limit) {
+    warp_.sync();
     warp_.each(n, [&](int r) { x_.limit[r] = limit; });
     warp_.sync();
   }
@@ -386,6 +388,7 @@ class Joint {
 
   // Spills down to the cap. Returns the number of transfers, most + 1 where it takes more than `most`, or does not go.
   LPLB_HD int spill(int64_t cap, Order order, int most) {
+    warp_.sync();  // of the try before everybody has read all
     warp_.each(g_.n_copies, [&](int c) { x_.y[c] = x_.start_y[c]; });
     warp_.each(g_.n_ranks, [&](int r) {
       x_.load[r] = x_.start_load[r];
@@ -422,6 +425,7 @@ class Joint {
   // More tokens for the guests that there are: they cost nothing. Whether the rank is below the cap then. Only where
   // experts have several copies: otherwise a guest has taken all that it could.
   LPLB_HD bool top_up(int r, int64_t cap) {
+    warp_.sync();
     if (warp_.rank() == 0) {
       LPLB_LOOP
       for (int i = 0; i < n_spills_ && x_.load[r] > cap; ++i) {
@@ -583,6 +587,7 @@ class Joint {
   // Tokens between guests and the copies that they relieve, so that neither rank has more than it need: below the cap
   // there is room that costs no transfer.
   LPLB_HD void even_out() {
+    warp_.sync();
     if (warp_.rank() == 0) {
       LPLB_LOOP
       for (int i = 0; i < 3 * n_spills_; ++i) {

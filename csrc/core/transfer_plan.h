@@ -19,8 +19,12 @@ LPLB_HD inline int first_least(Warp& warp, int n, F value) {
     if (v >= 0 && v < least) least = v, at = i;
   }
   if (Warp::kSolo) return at;
-  const int64_t best = fold(warp, least, [](int64_t a, int64_t b) { return b < a ? b : a; });
-  return fold(warp, best == least && best != kNone ? at : n, [](int a, int b) { return b < a ? b : a; });
+  // The least by the largest complement, half by half: a warp finds the largest of 32 bits in one instruction.
+  const uint64_t value_bits = ~static_cast<uint64_t>(least);
+  const auto high = static_cast<uint32_t>(value_bits >> 32), low = static_cast<uint32_t>(value_bits);
+  bool is_least = high == warp.largest(high);
+  is_least = low == warp.largest(is_least ? low : 0) && is_least;
+  return static_cast<int>(~warp.largest(is_least ? ~static_cast<uint32_t>(at) : 0));
 }
 
 // The ranks to which an expert's weights can travel: those of the domains that it is resident in.

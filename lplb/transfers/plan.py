@@ -1,7 +1,7 @@
 """What a plan with transfers says: who serves how much, which weights travel, and how good that is."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple, SupportsIndex
 
@@ -9,6 +9,7 @@ import torch
 
 from lplb import _C
 from lplb.arguments import check_indices, whole_number
+from lplb.cuda_transfers import Backend
 from lplb.routes import RangeRouter
 from lplb.transfers.residents import Residents
 from lplb.weights.moves import Move
@@ -95,6 +96,8 @@ class TransferPlan:
     of each kind that was looked at. ``None`` for other plans."""
     version: int = 0
     """Writes to ``counts`` that torch knew of when the plan was made."""
+    on_device: Backend | None = None
+    """What finds routes on CUDA; ``None`` for a plan on the CPU."""
 
     # ---- tensors
 
@@ -246,22 +249,25 @@ class TransferPlan:
             Like ``indices``, contiguous; -1 stays -1. Over all ranks, each virtual slot gets exactly its quota.
 
         Raises:
-            TypeError, ValueError: an argument is not allowed, or ``counts`` was written to since the plan was made.
+            TypeError, ValueError: an argument is not allowed, or ``counts`` was written to since the plan was made. On
+                CUDA, what only the values of indices tell is raised by a later call.
         """
         rank, counts = self._checked_source(rank)
         check_indices(indices, self.memory.device)
-        return self._router.route(indices, self.quota, self.guests, counts, rank).slots
+        router = self._router if self.on_device is None else self.on_device
+        return router.route(indices, self.quota, self.guests, counts, rank).slots
 
     def tokens_by_source(self) -> torch.Tensor:
         """Tokens that each source rank sends to each virtual slot: int64 ``[ranks, ranks * width]``, one row if
-        ``counts`` is of no rank in particular.
+        ``counts`` is of no rank in particular, on the CPU. Waits for a CUDA device.
 
         A row is what `route` does for its rank.
 
         Raises:
             ValueError: ``counts`` was written to since the plan was made.
         """
-        return self._router.tokens_by_source(self.quota, self.guests, self._checked_source(0)[1])
+        counts = self._checked_source(0)[1].cpu()
+        return self._router.tokens_by_source(self.quota.cpu(), self.guests.cpu(), counts)
 
     @property
     def _router(self) -> RangeRouter:
@@ -269,10 +275,17 @@ class TransferPlan:
 
     def _checked_source(self, rank: SupportsIndex) -> tuple[int, torch.Tensor]:
         """A source rank, and counts with a row for each."""
-        if version_of(self.counts) != self.version:
+        if self.on_device is None and version_of(self.counts) != self.version:  # a captured plan is of new counts
             raise ValueError("counts was written to since the plan was made, allowed is a tensor that stays as it was")
         counts = self.counts if self.counts.dim() == 2 else self.counts[None]
         return whole_number("rank", rank, 0, len(counts) - 1), counts
+
+    def cpu(self) -> "TransferPlan":
+        """Return the plan on the CPU; waits for a CUDA device. The plan itself if it is there already."""
+        if self.on_device is None:
+            return self
+        counts = self.counts.cpu()
+        return replace(self, memory=self.memory.cpu(), counts=counts, version=version_of(counts), on_device=None)
 
     def fingerprint(self) -> tuple[int, int]:
         """Two 31-bit words that differ, but for chance, from those of any other plan; waits for a CUDA device."""

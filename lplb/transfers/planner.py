@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from lplb import _C, devices, exchange
+from lplb import _C, cuda_transfers, devices, exchange
 from lplb.arguments import check_device, refuse_without_memory, seen
 from lplb.cost import Hardware
 from lplb.exchange import Exchange
@@ -58,8 +58,10 @@ class TransferPlanner:
 
     A planner may be used from several threads, which take turns; under a group each thread needs a group of its own.
 
-    On CUDA `plan` goes to the current stream and does not wait for the device, and its outputs have fixed sizes, so
-    that it can be captured. Values of counts are not looked at there; under a group it waits, to compare counts.
+    On CUDA `plan` goes to the current stream and does not wait for the device, and its outputs have fixed sizes: it can
+    be captured. Wrong counts make a plan of no tokens there, and are raised by a later call; values of ``held`` are not
+    checked. Under a group `plan` waits for the device, to compare the counts of ranks. ``"auto"``, a ``model`` for
+    ``"joint"``, and `front` are for the CPU.
 
     Args:
         n_logical: number of experts.
@@ -144,8 +146,8 @@ class TransferPlanner:
                 ranks_per_node=ranks_per_node,
             )
             self._costs = checked_costs(self._settings, self.n_ranks, model, hardware)
-            self._set_device("cpu" if device is None else device)
             self.max_tokens = max_tokens
+            self._set_device("cpu" if device is None else device)
             self._compile()
 
         number = exchange.number_planner(self._exchange), exchange.group_name(self._exchange)
@@ -162,36 +164,52 @@ class TransferPlanner:
     def _set_device(self, device: torch.device | str) -> None:
         devices.check_backend("device", torch.device(device))
         self.device = torch.empty(0, device=device).device
-        if self.device.type == "cuda":
-            raise RuntimeError("device is 'cuda', and this build of lplb plans transfers on the CPU only")
+        if self.device.type == "cpu":
+            return
+        if self.strategy == "auto":
+            raise ValueError(
+                "strategy is 'auto', allowed on CUDA are 'joint' and 'llep': costs are reckoned on the CPU"
+            )
+        if self._costs is not None:
+            raise ValueError(
+                f"model is {self._costs.model.name!r}, allowed on CUDA with strategy 'joint' is None (for bytes, give "
+                "expert_bytes): costs are reckoned on the CPU"
+            )
 
     def _compile(self) -> None:
-        residents, settings = self.residents, self._settings
         self._lock = threading.Lock()  # the core has memory for one call at a time
-        self._core = _C.CpuTransfers(
-            residents.ranks, residents.experts, self.n_logical, self.n_ranks, settings.slots, settings.domain
-        )
+        self._core, self._on_device = self._backends()
+        settings = self._settings
         self._frame = Frame(self.n_logical, self.n_ranks, settings.slots, self._core.rows, settings.ranks_per_node)
         self._words = self._frame.ends[-1]
         self._offsets = self._frame.offsets
         self._shape = torch.Size((self.n_ranks, self.n_logical))
-        self._shut = self._never_held()
+        self._most_held = self._where_held()
         self._columns = np.arange(self.n_ranks)[:, None] * (self.n_logical + 1) + 1
 
-    def _never_held(self) -> npt.NDArray[np.int64]:
-        """Where no guest can be: 1 by rank and expert + 1 if the rank, or no rank of its domain, is its resident."""
-        closed = np.ones((self.n_ranks, self.n_logical + 1), dtype=np.int64)
-        domain = self._settings.domain
+    def _backends(self) -> tuple[_C.CpuTransfers | cuda_transfers.Backend, cuda_transfers.Backend | None]:
+        """What plans, and what is to find routes on a device."""
+        residents, settings = self.residents, self._settings
+        where = residents.ranks, residents.experts, self.n_logical, self.n_ranks, settings.slots, settings.domain
+        if self.device.type == "cpu":
+            return _C.CpuTransfers(*where), None
+        backend = cuda_transfers.Backend(*where, settings.ranks_per_node, self.device)
+        return backend, backend
+
+    def _where_held(self) -> npt.NDArray[np.int64]:
+        """How often a guest may be held, by rank and expert + 1: once where it is not resident, but in the domain."""
+        n_ranks, domain = self.n_ranks, self._settings.domain
+        most = np.zeros((n_ranks, self.n_logical + 1), dtype=np.int64)
         for rank, expert in zip(self.residents.ranks, self.residents.experts, strict=True):
             first = rank // domain * domain
-            closed[first : first + domain, expert + 1] = 0
-        closed[self.residents.ranks, np.array(self.residents.experts) + 1] = 1
-        closed[:, 0] = -2 * self._settings.slots  # empty slots may be many
-        return closed
+            most[first : first + domain, expert + 1] = 1
+        most[self.residents.ranks, np.array(self.residents.experts) + 1] = 0
+        most[:, 0] = self._settings.slots  # empty slots
+        return most.ravel()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle all but what is made anew; a planner under a process group cannot be copied."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_core")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_core", "_on_device")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build the core again."""
@@ -257,7 +275,7 @@ class TransferPlanner:
 
     # ---- planning
 
-    def plan(self, counts: torch.Tensor, *, held: torch.Tensor | None = None) -> TransferPlan:
+    def plan(self, counts: torch.Tensor, *, held: torch.Tensor | TransferPlan | None = None) -> TransferPlan:
         """Plan a batch. Collective under a group.
 
         Args:
@@ -265,8 +283,8 @@ class TransferPlanner:
                 least 0 and below 2**52 together; all ranks give the counts of all ranks. Or ``[n_logical]``, of no rank
                 in particular. A token counts once for each of its experts. Kept in the plan, not copied.
             held: what guest slots still hold from earlier batches, -1 for nothing: int32 ``[ranks, slots]``, such as
-                the ``guests`` of the last plan. These serve without a transfer, and give way where their slots are
-                needed. Not with ``"llep"``.
+                the ``guests`` of the last plan; or that plan itself, if it is of this planner, which needs no check.
+                These serve without a transfer, and give way where their slots are needed. Not with ``"llep"``.
 
         Returns:
             The plan. It is the best that was found if it is not `feasible`; nothing is raised for that.
@@ -276,11 +294,13 @@ class TransferPlanner:
         """
         if self._alone:
             return self._plan(counts, held)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("plan is captured under a group, where it waits for the device; allowed is no group")
         return exchange.together(
             self._exchange, lambda: self._plan(counts, held), lambda plan: self._print_of(plan, held), _OTHER_BATCH
         )
 
-    def front(self, counts: torch.Tensor, *, held: torch.Tensor | None = None) -> ParetoFront:
+    def front(self, counts: torch.Tensor, *, held: torch.Tensor | TransferPlan | None = None) -> ParetoFront:
         """Return what balance each number of transfers reaches. Local, whatever the strategy.
 
         From no transfer up to the best balance that ``slots`` allow; ``tolerance``, ``max_tokens`` and ``max_bytes`` do
@@ -292,13 +312,14 @@ class TransferPlanner:
 
         Raises:
             TypeError, ValueError: as `plan`.
+            RuntimeError: the planner is on CUDA; one on the CPU has the same front.
         """
         rows, table = self._checked_counts(counts)
         kept = None if held is None else self._checked_held(held)
         pairs = self._front(rows, table, 0 if kept is None else kept.data_ptr(), -1)
         return points(pairs, int(rows.sum(dtype=torch.int64)), self.n_ranks, self.expert_bytes)
 
-    def _plan(self, counts: torch.Tensor, held: torch.Tensor | None) -> TransferPlan:
+    def _plan(self, counts: torch.Tensor, held: torch.Tensor | TransferPlan | None) -> TransferPlan:
         settings = self._settings
         rows, table = self._checked_counts(counts)
         if settings.strategy == "llep":
@@ -329,7 +350,7 @@ class TransferPlanner:
 
     def _joint(self, counts: torch.Tensor, table: _Table, held: int, max_transfers: int, name: str) -> TransferPlan:
         settings = self._settings
-        memory = torch.empty(self._words, dtype=torch.int64)
+        memory = torch.empty(self._words, dtype=torch.int64, device=self.device)
         at = self._addresses(memory.data_ptr())
         with self._lock:
             wrong = self._core.joint(table, settings.tolerance, self._cap, max_transfers, settings.m, held, at)
@@ -339,7 +360,7 @@ class TransferPlanner:
 
     def _llep(self, counts: torch.Tensor, table: _Table) -> TransferPlan:
         settings = self._settings
-        memory = torch.empty(self._words, dtype=torch.int64)
+        memory = torch.empty(self._words, dtype=torch.int64, device=self.device)
         at = self._addresses(memory.data_ptr())
         with self._lock:
             wrong = self._core.llep(table, settings.alpha, settings.m, settings.lam, settings.compat, self._cap, at)
@@ -352,6 +373,8 @@ class TransferPlanner:
         capacity = self._frame.rows + 1
         most, transfers = np.empty(capacity, dtype=np.int64), np.empty(capacity, dtype=np.int32)
         arrays = most.ctypes.data, transfers.ctypes.data, capacity
+        if not isinstance(self._core, _C.CpuTransfers):
+            raise RuntimeError(f"front is asked of a planner on {str(self.device)!r}, allowed is one on the CPU")
         with self._lock:
             wrong, found = self._core.front(table, max_transfers, self._settings.m, held, *arrays)
         if wrong:
@@ -363,8 +386,9 @@ class TransferPlanner:
         return at + quota, at + load, at + transfers, at + guests, at + numbers, at + bound
 
     def _planned(self, memory: torch.Tensor, counts: torch.Tensor, strategy: str) -> TransferPlan:
+        expert_bytes, version = self._settings.expert_bytes, version_of(counts)
         return TransferPlan(
-            memory, self._frame, counts, self.residents, strategy, self._settings.expert_bytes, None, version_of(counts)
+            memory, self._frame, counts, self.residents, strategy, expert_bytes, None, version, self._on_device
         )
 
     # ---- checks
@@ -394,43 +418,49 @@ class TransferPlanner:
         n_rows = 1 if len(stride) == 1 else shape[0]
         return counts, (counts.data_ptr(), size, n_rows, stride[0] if n_rows > 1 else 0)
 
-    def _checked_held(self, held: torch.Tensor) -> torch.Tensor:
+    def _checked_held(self, given: torch.Tensor | TransferPlan) -> torch.Tensor:
         """What guest slots hold, contiguous: no expert where it cannot be, and none twice on a rank."""
+        held = given
+        if isinstance(held, TransferPlan):
+            if held.frame is self._frame and version_of(held.memory) == 0:
+                return held.guests
+            held = held.guests
         if not isinstance(held, torch.Tensor) or held.dtype != torch.int32 or held.layout != torch.strided:
-            raise TypeError(f"held is {seen(held)}, allowed is a torch.int32 tensor, or None")
+            raise TypeError(f"held is {seen(held)}, allowed is a torch.int32 tensor, an lplb.TransferPlan or None")
         refuse_without_memory("held", held)
         shape = self.n_ranks, self.slots
         if held.shape != shape:
             raise ValueError(f"held has shape {list(held.shape)}, allowed is [ranks, slots] = {list(shape)}")
         check_device("held", held, self.device)
         held = held.contiguous()
+        if self._on_device is not None:
+            return held
         experts = held.numpy()
-        if experts.min() < -1 or experts.max() >= self.n_logical:
-            odd = (experts < -1) | (experts >= self.n_logical)
-            rank, slot = np.argwhere(odd)[0]
+        if (experts + 1).view(np.uint32).max() > self.n_logical:  # below -1 is above all
+            rank, slot = np.argwhere((experts < -1) | (experts >= self.n_logical))[0]
             raise ValueError(f"held[{rank}, {slot}] is {experts[rank, slot]}, allowed is -1 to {self.n_logical - 1}")
-        columns = self.n_logical + 1
-        times = np.bincount((experts + self._columns).ravel(), minlength=self.n_ranks * columns)
-        wrong = 2 * times.reshape(self.n_ranks, columns) + self._shut > 2
+        times = np.bincount((experts + self._columns).ravel(), minlength=len(self._most_held))
+        wrong = times > self._most_held
         if wrong.any():
-            self._refuse_held(*(int(i) for i in np.argwhere(wrong)[0]))
+            self._refuse_held(*divmod(int(wrong.argmax()), self.n_logical + 1))
         return held
 
     def _refuse_held(self, rank: int, column: int) -> NoReturn:
         expert = column - 1
         if (expert, rank) in self.residents.slot_of:
             raise ValueError(f"held has expert {expert} on rank {rank}, where it is resident, allowed are others")
-        if self._shut[rank, column] > 0:
+        if self._most_held[rank * (self.n_logical + 1) + column] == 0:
             raise ValueError(
                 f"held has expert {expert} on rank {rank}, allowed are experts that live in its domain of "
                 f"{self.domain} ranks"
             )
         raise ValueError(f"held has expert {expert} more than once on rank {rank}, allowed is once")
 
-    def _print_of(self, plan: TransferPlan, held: torch.Tensor | None) -> tuple[int, int]:
+    def _print_of(self, plan: TransferPlan, held: torch.Tensor | TransferPlan | None) -> tuple[int, int]:
         """Fingerprint of what a plan is made from."""
         digest = hashlib.blake2b(digest_size=16)
-        for given in (plan.counts, held):
+        guests = held.guests if isinstance(held, TransferPlan) else held
+        for given in (plan.counts, guests):
             if given is not None:
                 digest.update(given.cpu().to(torch.int64).contiguous().numpy().tobytes())
         return exchange.fingerprint(digest.hexdigest(), self._max_tokens, held is None, self._fingerprint)

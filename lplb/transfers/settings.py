@@ -90,13 +90,14 @@ def checked_settings(
         expert_bytes = whole_number("expert_bytes", expert_bytes, 1)
     elif model is not None:
         expert_bytes = math.ceil(model.expert_bytes)
+    tolerance = _ratio("tolerance", tolerance, 0.0, _MOST_RATIO)
     return Settings(
         strategy=strategy,
         alpha=_ratio("alpha", alpha, 1.0, _MOST_RATIO),
         m=m,
         lam=_ratio("lam", lam, 1.0, math.inf),
         compat=compat,
-        tolerance=_ratio("tolerance", tolerance, 0.0, _MOST_RATIO),
+        tolerance=0.0 if strategy == "auto" else tolerance,
         slots=slots,
         domain=domain,
         expert_bytes=expert_bytes,
