@@ -25,11 +25,11 @@ def row_bytes(hidden_size: int, ffn_size: int, itemsize: int) -> tuple[int, int]
     """Bytes for every row that a rank receives: kept from forward to backward, and beside them at the peak of backward.
 
     Kept are the row and its two products with gate and up, and its place among the rows as they came and as experts
-    have them. At the peak there are gradients of what the expert made of it and of the row, and three times
-    ``ffn_size`` on the way from one to the other.
+    have them. At the peak there are gradients of what the expert made of it and of the row, three times ``ffn_size`` on
+    the way from one to the other, and what came in the exchange before, which its backend lets go of when it likes.
     """
     kept = itemsize * (hidden_size + 2 * ffn_size) + 2 * torch.int64.itemsize
-    return kept, itemsize * (2 * hidden_size + 3 * ffn_size)
+    return kept, itemsize * (3 * hidden_size + 3 * ffn_size)
 
 
 class Bank:

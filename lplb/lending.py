@@ -8,6 +8,8 @@ A batch of a layer with transfers goes like this:
 
 and backward weights set out again beside the gradients of tokens, and gradients of guests go home beside those that
 leave. What is computed, and its gradient, is in `lplb.borrowing`.
+
+On CUDA the host waits for the plan, as it does for split sizes; nothing else here waits for the device.
 """
 
 import copy

@@ -439,7 +439,7 @@ class ExpertParallelMoE(nn.Module):
         What is counted, on a rank, at the peak of a backward pass: guest slots and the two experts on their way (with
         ``resend=False`` guests of every layer too); new gradients of one layer's own experts, and the sum of one
         expert's in float32 or wider; and for every row received, with ``s`` bytes per element,
-        ``s * (hidden_size + 2 * ffn_size) + 16`` in every layer and ``s * (2 * hidden_size + 3 * ffn_size)`` in the
+        ``s * (hidden_size + 2 * ffn_size) + 16`` in every layer and ``s * (3 * hidden_size + 3 * ffn_size)`` in the
         layer that is differentiated. Not counted is what no plan changes: own weights, gradients that parameters have
         already, and the rows that this rank sends. On CUDA a grouped product has its result once more for a moment.
 

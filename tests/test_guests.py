@@ -1,6 +1,7 @@
 """The EP layer with transfers over gloo processes: what it computes, who does how much, and what is refused."""
 
 import contextlib
+import dataclasses
 import os
 import time
 from datetime import timedelta
@@ -31,9 +32,10 @@ from test_nn import (
 from torch.utils.checkpoint import checkpoint
 
 from lplb.guests import GuestSlots
+from lplb.models import MODELS
 from lplb.nn import ExpertParallelMoE
 from lplb.transfers import TransferPlanner
-from lplb.weights import Move, WeightMover
+from lplb.weights import Move, WeightMover, mover, returning
 from lplb.weights.returning import bring_home, ways_home
 
 SOME = [40, 0, 25, 1, 30, 0, 7, 64]
@@ -104,11 +106,15 @@ def lent_step(layer, x, grad):
 
 # What it computes
 
+# Hidden sizes at which a transfer is worth its time by the cost model, whatever the layer has.
+SHAPE = dataclasses.replace(MODELS["deepseek-v3"], n_logical=N_EXPERTS, top_k=TOP_K)
 CASES = [
     {"strategy": "joint", "slots": SLOTS},
     {"strategy": "joint", "slots": SLOTS, "resend": False},
     {"strategy": "joint", "slots": 1, "replicas": 1},
     {"strategy": "llep", "slots": N_EXPERTS, "alpha": 1.0, "m": 0},
+    {"strategy": "llep", "slots": N_EXPERTS, "alpha": 1.0, "m": 4, "compat": True},
+    {"strategy": "auto", "slots": SLOTS, "model": SHAPE},
 ]
 
 
@@ -283,9 +289,9 @@ def run_stacks(rank):
     return record
 
 
-def plain_copy(layer, size, group):
+def plain_copy(layer, size, group, hidden=HIDDEN, top_k=TOP_K, dtype=torch.float64):
     """The same weights without transfers."""
-    other = ExpertParallelMoE(HIDDEN, FFN, N_EXPERTS, TOP_K, group=group, dtype=torch.float64)
+    other = ExpertParallelMoE(hidden, FFN, N_EXPERTS, top_k, group=group, dtype=dtype)
     other.load_state_dict(layer.state_dict())
     return other
 
@@ -301,6 +307,54 @@ def test_layers_share_slots(four):
                 assert_as(value, want)
 
 
+def run_mixed(rank):
+    """One layer for two batches before their backward passes and after a layer that plans in the background."""
+    group = dist.group.WORLD
+    guests = slots_of()
+    lend = lending_layer(4, group, guests, seed=3)
+    around = layer_of("eplb", 4, group, lag=1)
+    x, grad = hot_tokens(rank, SOME[rank])
+    record = []
+    for layer in (plain_copy(lend, 4, group), lend):
+        for leaf in (layer.router, *leaves_of(layer), around.router, *leaves_of(around), x):
+            leaf.grad = None
+        for _ in range(2):  # the second time with gradients to add to
+            first = layer(around(x) / 4)
+            second = layer(x - 2 * first)
+            (first * grad).sum().add((second * grad).sum()).backward()
+        record.append([first.detach(), second.detach(), *(t.grad for t in (x, layer.router, *leaves_of(layer)))])
+    return record
+
+
+def test_two_batches_of_a_layer_and_a_layer_with_lag(four):
+    for result in four:
+        plain, lent = result["mixed"]
+        for value, want in zip(lent, plain, strict=True):
+            assert_as(value, want)
+
+
+def run_pairs(rank):
+    """Two groups of two ranks side by side, then one of all."""
+    record = []
+    for members in ([[0, 1], [2, 3]], [[0, 1, 2, 3]]):
+        groups = [dist.new_group(ranks) for ranks in members]
+        group = next(group for group, ranks in zip(groups, members, strict=True) if rank in ranks)
+        layer = lending_layer(len(members[0]), group)
+        x, grad = hot_tokens(rank, 30)
+        record.append([lent_step(layer, x, grad), step(plain_copy(layer, len(members[0]), group), x, grad)])
+    return record
+
+
+def test_layers_of_other_groups(four):
+    pairs, fours = zip(*(result["pairs"] for result in four), strict=True)
+    for ranks in (pairs[:2], pairs[2:], fours):
+        got, plain = ([row[i] for row in ranks] for i in range(2))
+        assert_near(of_all(got), dense(got)[0], 1e-12)
+        assert_near(of_all(got), of_all(plain), 1e-12)
+        assert [int(row["received"].sum()) for row in got] == got[0]["load"]
+        assert got[0]["moves"]
+
+
 # Inference: guests stay for the next batch
 
 
@@ -314,7 +368,8 @@ def run_inference(rank):
     record = []
 
     def batch(name):
-        with watched(layer) as (loans, sent), torch.no_grad():
+        mode = torch.inference_mode if len(record) % 2 else torch.no_grad
+        with watched(layer) as (loans, sent), mode():
             out = layer(x)
             want = plain(x)
         record.append((name, out, want, loans[0].plan.n_transfers, sum(sent), loans[0].plan.rank_load.tolist()))
@@ -409,9 +464,9 @@ def run_sums(rank):
     guests = [torch.randn(2, *shape, generator=draw).bfloat16() for shape in shapes]
     own = [torch.randn(2, *shape, generator=draw).bfloat16() for shape in shapes]
     before = [field.clone() for field in own]
-    mover = WeightMover([torch.zeros(2, *shape, dtype=torch.bfloat16) for shape in shapes], dist.group.WORLD)
-    buffers = [mover.link.buffer(mover.fields.layout) for _ in range(2)]
-    bring_home(mover, ways_home(moves, rank), guests, [own[0], None if rank == 1 else own[1]], buffers, agree=True)
+    carrier = WeightMover([torch.zeros(2, *shape, dtype=torch.bfloat16) for shape in shapes], dist.group.WORLD)
+    buffers = [carrier.link.buffer(carrier.fields.layout) for _ in range(2)]
+    bring_home(carrier, ways_home(moves, rank), guests, [own[0], None if rank == 1 else own[1]], buffers, agree=True)
     return guests, before, own
 
 
@@ -440,10 +495,13 @@ def run_on_four(rank):
         "whole numbers": run_whole_numbers(rank, 4),
         "checkpoints": run_checkpoints(rank),
         "stacks": run_stacks(rank),
+        "mixed": run_mixed(rank),
+        "pairs": run_pairs(rank),
         "inference": run_inference(rank),
         "needs": run_needs(rank),
         "sums": run_sums(rank),
         "refused": run_refusals(rank),
+        "faults": run_faults(rank),
         "layers": run_bad_layers(rank),
     }
 
@@ -526,6 +584,35 @@ def test_a_batch_that_is_refused_is_everyones(four):
         assert refused["other plans"][0] == "ValueError"
         assert "by the plan" in refused["other plans"][1]
         assert "allowed is the same on every rank" in refused["other plans"][1]
+
+
+def run_faults(rank):
+    """A copy that fails on one rank while weights, then gradients, are on their way."""
+    layer = lending_layer(4, dist.group.WORLD)
+    x, grad = hot_tokens(rank, SOME[rank])
+    record = {"before": step(layer, x, grad)}
+
+    def fails(*_):
+        raise ValueError("no memory for this")
+
+    move = layer.route(x).loan.new[0]
+    for module, sick in ((mover, move.source_rank), (returning, move.target_rank)):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == sick:
+                patch.setattr(module, "pack", fails)
+            record[module.__name__] = call(step, layer, x, grad)
+    record["after"] = step(layer, x, grad)
+    return record
+
+
+def test_a_copy_that_fails_is_everyones(four):
+    for result in four:
+        for module in (mover, returning):
+            assert result["faults"][module.__name__][0] == "ValueError"
+            assert "no memory for this" in result["faults"][module.__name__][1]
+        for kind in ("results", "sums"):
+            for name, value in result["faults"]["before"][kind].items():
+                assert torch.equal(value, result["faults"]["after"][kind][name])
 
 
 # name: (what the sick rank has otherwise, what all ranks say)

@@ -155,17 +155,46 @@ def run_memory(rank):
 
 @pytest.mark.parametrize("name", list(MEMORY))
 def test_memory_is_as_the_layer_says(name, four):
-    _, hidden, layers, *_ = MEMORY[name]
+    dtype, hidden, layers, *_ = MEMORY[name]
     few, many = (four[0]["memory"][name, n] for n in (FEW, MANY))
     per_row = 10**9 / (few[2][1] - few[2][0])
     assert len(set(few[1])) == len(set(many[1])) == 1  # every layer is balanced
     grown = (many[0] - few[0]) / (many[1][0] - few[1][0])
-    assert 0.98 * per_row < grown < per_row
+    late = hidden * dtype.itemsize  # gloo's threads may hold what an exchange brought for a moment longer
+    assert 0.9 * (per_row - late) < grown < per_row
     # What does not grow: gradients of own experts are as large as they are, guests' slots were there before.
     fixed = 10**9 - few[2][0] * per_row
     gradients = layers * N_EXPERTS // SIZE * few[4]
     of_own_tokens = layers * OWN * 20 * hidden * 8
     assert many[0] < fixed - few[3] + gradients + many[1][0] * per_row + of_own_tokens
+
+
+def run_one_hot_expert(rank, size):
+    """Of the tokens 95 % want expert 0: peaks of both layers, guest slots included, and what they received."""
+    hidden = 64
+    guests = slots_of(hidden, torch.float32, slots=2)
+    lend = lending_layer(size, dist.group.WORLD, guests, torch.float32, hidden, 1)
+    draw = torch.Generator().manual_seed(rank)
+    wanted = torch.randint(0, N_EXPERTS, (512,), generator=draw) * (torch.rand(512, generator=draw) >= 0.95)
+    x = torch.randn(512, hidden, generator=draw)
+    x[:, :N_EXPERTS] = 50.0 * torch.nn.functional.one_hot(wanted, N_EXPERTS)
+    with torch.no_grad():
+        lend.router.copy_(torch.eye(N_EXPERTS, hidden))
+    record = []
+    for layer in (plain_copy(lend, size, dist.group.WORLD, hidden, 1, torch.float32), lend):
+        x.grad = None
+        with Alive() as alive:
+            layer(x.requires_grad_()).sum().backward()
+        record.append((alive.peak + guests.nbytes * (layer is lend), int(layer.received.sum())))
+    return record
+
+
+def test_one_hot_expert_takes_a_quarter_of_the_memory(tmp_path):
+    size = 8
+    plain, lent = zip(*on_ranks(size, tmp_path, run_one_hot_expert, size), strict=True)
+    assert max(rows for _, rows in plain) > 0.93 * size * 512
+    assert [rows for _, rows in lent] == [512] * size
+    assert max(peak for peak, _ in plain) >= 4 * max(peak for peak, _ in lent)
 
 
 def test_memory_that_does_not_suffice():
