@@ -136,8 +136,7 @@ class Joint : PresentCopies<kWords, Warp> {
   LPLB_HD bool is_open(int r, int64_t cap) const { return cap - x_.load[r] >= room_ && x_.used[r] < p_.n_slots; }
 
   LPLB_HD int next_rank(Set over, int64_t cap, Order order) {
-    return first_least(warp_, p_.n_ranks, [&](int r) {
-      if (!over.has(r)) return int64_t{-1};
+    return first_least_of(warp_, over, p_.n_ranks, [&](int r) {
       const int64_t excess = x_.load[r] - cap;
       return order == kSmallestFirst ? excess : kMostTransferTokens - excess;
     });
@@ -181,8 +180,7 @@ class Joint : PresentCopies<kWords, Warp> {
     const Set closed = Set::read(x_.closed + kWords * e), to = open.without(closed);
     const int64_t wanted = joint::most(joint::least(x_.load[r] - cap, x_.y[c]), room_);
     constexpr int64_t kTooSmall = int64_t{1} << 54;  // a larger value than any room that fits
-    const int j = first_least(warp_, p_.n_ranks, [&](int i) {
-      if (!to.has(i)) return int64_t{-1};
+    const int j = first_least_of(warp_, to, p_.n_ranks, [&](int i) {
       const int64_t room = cap - x_.load[i];
       return room >= wanted ? room : 2 * kTooSmall - room;
     });

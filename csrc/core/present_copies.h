@@ -118,7 +118,7 @@ class PresentCopies {
       LPLB_LOOP
       for (int i = 0; i < n_places; ++i) {
         const int e = batch_.held[i], r = i / p_.n_slots;
-        if (e < 0 || !within_reach<kWords>(p_, e).has(r)) continue;
+        if (e < 0 || e >= p_.n_experts || !within_reach<kWords>(p_, e).has(r)) continue;
         Set s = Set::read(x_.expert_ranks + kWords * e);
         s.add(r);
         s.write(x_.expert_ranks + kWords * e);
@@ -303,12 +303,13 @@ class PresentCopies {
   // what they could not serve within; a flow between ranks alone might leave it to them. Returns how many ranks are
   // above.
   LPLB_HD int relieve_to(int64_t cap, bool gathered, bool by_domain) {
+    if (!g_.shared) return n_above(cap);  // all are at home, as `without_transfers` left them
     if (by_domain)
       share_out_domains(cap);
     else
       stay_home(g_, 1);
     const int step = by_domain ? p_.domain : p_.n_ranks;
-    for (int first = 0; g_.shared && first < p_.n_ranks; first += step) {
+    for (int first = 0; first < p_.n_ranks; first += step) {
       const auto within = [&](int r) { return r >= first && r < first + step; };
       warp_.sync();
       warp_.each(p_.n_ranks, [&](int r) { x_.limit[r] = within(r) ? cap : x_.load[r]; });  // others keep what they have
@@ -329,7 +330,12 @@ class PresentCopies {
       warp_.sync();
     }
     keep_start();
-    return ranks_where<kWords>(warp_, p_.n_ranks, [&](int r) { return x_.load[r] > cap; }).count_below(p_.n_ranks);
+    return n_above(cap);
+  }
+
+  LPLB_HD int n_above(int64_t cap) {
+    return ranks_where<kWords>(warp_, p_.n_ranks, [&](int r) { return x_.start_load[r] > cap; })
+        .count_below(p_.n_ranks);
   }
 
   LPLB_HD void keep_start() {

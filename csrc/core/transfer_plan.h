@@ -27,6 +27,24 @@ LPLB_HD inline int first_least(Warp& warp, int n, F value) {
   return static_cast<int>(~warp.largest(is_least ? ~static_cast<uint32_t>(at) : 0));
 }
 
+// The same among the members of a set of ranks; n where it is empty.
+template <int kWords, class Warp, class F>
+LPLB_HD inline int first_least_of(Warp& warp, RankSet<kWords> set, int n, F value) {
+  if constexpr (Warp::kSolo) {
+    int64_t least = INT64_MAX;
+    int at = n;
+    while (!set.empty()) {
+      const int r = set.lowest();
+      set.drop(r);
+      const int64_t v = value(r);
+      if (v >= 0 && v < least) least = v, at = r;
+    }
+    return at;
+  } else {
+    return first_least(warp, n, [&](int r) { return set.has(r) ? value(r) : int64_t{-1}; });
+  }
+}
+
 // The ranks to which an expert's weights can travel: those of the domains that it is resident in.
 template <int kWords>
 LPLB_HD inline RankSet<kWords> within_reach(const TransferProblem& p, int e) {
