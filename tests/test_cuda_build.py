@@ -25,8 +25,7 @@ MATHDX_TARGETS = {"sm_80", "sm_90", "sm_100"}
 # What is allowed besides nothing, in bytes of stack, spill stores and spill loads, by ranks of the block: cuSolverDx
 # keeps part of a matrix in registers that it indexes, and at 128 ranks there are too few of them for it and the kernel.
 LIBRARY = {8: (16, 0, 0), 128: (128, 160, 256)}
-# Above 64 ranks the compiler calls parts of the joint planner, which then has its own fields (not what it plans with) in
-# local memory.
+# Above 64 ranks the compiler calls parts of the joint planner, which then has its own fields in local memory.
 CALLED = {"joint_kernelILi2E": (1024, 0, 0)}
 TOOLS = ("as", "ld", "ar", "ranlib", "nm", "uname", "sh")  # what a C++ compiler and CMake start by name
 
