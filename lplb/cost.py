@@ -290,18 +290,19 @@ def _copies(transfers: list[list[int]], n_ranks: int, node: int) -> tuple[int, i
     trees: dict[tuple[int, int], dict[int, list[int]]] = {}  # by expert and its source, then targets by node
     for expert, source, to in transfers:
         trees.setdefault((expert, source), {}).setdefault(to // node, []).append(to)
-    busy = np.zeros((2, 2, n_ranks), dtype=np.int64)  # NVLink or card, out or in
+    nvlink_out, nvlink_in, card_out, card_in = ([0] * n_ranks for _ in range(4))
     for (_, source), by_node in trees.items():
         near = source // node
-        busy[1, 0, source] += len(by_node.keys() - {near}).bit_length()
+        card_out[source] += len(by_node.keys() - {near}).bit_length()
         for there, ranks in by_node.items():
             root = source
             if there != near:
                 root, *ranks = ranks
-                busy[1, 1, root] += 1
-            busy[0, 0, root] += len(ranks).bit_length()
-            busy[0, 1, ranks] += 1
-    return int(busy[0].max()), int(busy[1].max())
+                card_in[root] += 1
+            nvlink_out[root] += len(ranks).bit_length()
+            for rank in ranks:
+                nvlink_in[rank] += 1
+    return max(*nvlink_out, *nvlink_in), max(*card_out, *card_in)
 
 
 def _checked_transfers(transfers: object, n_ranks: int) -> list[list[int]]:

@@ -1,12 +1,12 @@
 """Least-loaded assignment (LLEP, arXiv 2601.17111) in plain Python, word by word: what `compat=True` is compared with.
 
 Nothing of lplb, no slots, no domains, no further residents: the paper has none. Helpers are sorted whenever the
-published planner sorts them.
+published planner sorts them. Also here: whether any plan keeps a cap, by trying all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 
@@ -107,3 +107,25 @@ def least_loaded(
     for expert, rank, tokens in plan.chunks:
         quota[expert][rank] += tokens
     return quota
+
+
+def splits(tokens: int, n_ranks: int, home: int, m: int) -> Iterator[tuple[int, ...]]:
+    """All ways to share out an expert's tokens with m or more, or none, on every rank but its home."""
+    if n_ranks == 0:
+        if tokens == 0:
+            yield ()
+        return
+    for last in range(tokens + 1):
+        if last == 0 or last >= m or home == n_ranks - 1:
+            for others in splits(tokens - last, n_ranks - 1, home, m):
+                yield (*others, last)
+
+
+def can_keep(loads: Sequence[int], home: Sequence[int], n_ranks: int, m: int, cap: int) -> bool:
+    """Whether any plan has at most `cap` tokens on every rank. For few tokens."""
+    reached = {(0,) * n_ranks}
+    for rank, load in zip(home, loads, strict=True):
+        ways = list(splits(load, n_ranks, rank, m))
+        sums = (tuple(a + b for a, b in zip(so_far, way, strict=True)) for so_far in reached for way in ways)
+        reached = {ranks for ranks in sums if max(ranks) <= cap}
+    return bool(reached)

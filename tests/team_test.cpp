@@ -21,7 +21,6 @@
 #include "../csrc/core/split.h"
 #include "allocations.h"
 #include "check.h"
-#include "llep_team.h"
 #include "thread_team.h"
 
 namespace {
@@ -508,7 +507,6 @@ int main(int argc, char** argv) {
   }
   check_allocations_are_counted();
   check_shares(scale);
-  llep_team::compare(scale, allocations);
   for (const int size : kTeamSizes) {
     compare_factors(size);
     compare_solutions(size, scale);

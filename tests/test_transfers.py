@@ -246,6 +246,10 @@ def test_a_plan_stays_as_it_is():
     print_, memory = plan.fingerprint(), plan.memory.clone()
     planner.plan(second)
     assert plan.fingerprint() == print_
+    for other in (pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan)):
+        assert same(other, plan)
+        assert torch.equal(other.tokens_by_source(), plan.tokens_by_source())
+        assert torch.equal(other.transfers, plan.transfers)
     assert torch.equal(
         plan.memory.view(torch.uint8)[: plan.frame.filled_bytes], memory.view(torch.uint8)[: plan.frame.filled_bytes]
     )
@@ -267,19 +271,7 @@ def test_the_bound_is_that_of_the_relaxation(geometry):
         assert plan.lower_bound == geometry.planner(strategy="llep").plan(counts).lower_bound
 
 
-IN_DOMAINS = ("two domains", "64 ranks with replicas, in eights")  # where experts live in several
-
-
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        pytest.param(g, marks=pytest.mark.xfail(reason="tokens that have to change domains"))
-        if g.name in IN_DOMAINS
-        else g
-        for g in GEOMETRIES
-    ],
-    ids=lambda g: g.name,
-)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
 def test_joint_keeps_its_cap_where_slots_do_not_end(geometry):
     for tolerance in (0.0, 0.01, 0.3):
         planner = geometry.planner(slots=None, tolerance=tolerance)
@@ -336,7 +328,7 @@ def test_fewest_transfers_by_every_choice():
             continue
         exact += plan.feasible and plan.n_transfers == fewest
         more += not plan.feasible or plan.n_transfers > fewest
-    assert exact >= 0.9 * cases, (exact, more)
+    assert exact >= 0.95 * cases, (exact, more)
 
 
 # The front, and budgets
@@ -499,9 +491,12 @@ def test_auto_is_the_quickest_of_all(name, scale, node):
     seconds = cost_of(plan, 8, model, hardware, node)
     assert plan.seconds[plan.strategy] == pytest.approx(seconds)
     assert seconds == pytest.approx(min(plan.seconds.values()))
-    for point in planner.front(counts):
-        other = geometry.planner(max_bytes=point.transfers, expert_bytes=1).plan(counts)
+    for above in (0.0, 1 / 64, 1 / 16, 1 / 4, 1.0, 4.0):
+        other = geometry.planner(tolerance=above).plan(counts)
         assert seconds <= cost_of(other, 8, model, hardware, node) * (1 + 1e-12)
+    for point in planner.front(counts):  # numbers of transfers between those of the caps gain little
+        other = geometry.planner(max_bytes=point.transfers, expert_bytes=1).plan(counts)
+        assert seconds <= cost_of(other, 8, model, hardware, node) * 1.05
     home = torch.zeros_like(plan.quota)
     for rank in reversed(range(8)):
         for expert in geometry.residents[rank]:

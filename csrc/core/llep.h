@@ -220,7 +220,11 @@ struct Assignment {
     Set resident, serving, hosts;  // with tokens of it or without; as guests, too; those that could become one
   };
 
-  LPLB_HD int best_host(const Spill& s) const { return least_loaded(s.hosts.without(full)); }
+  // A chunk is an expert's last or leaves no room for a guest where it goes: experts and ranks together are enough
+  // rows. But where experts have several residents, room for guests comes back as residents give tokens away.
+  LPLB_HD int best_host(const Spill& s) const {
+    return n_guests < p.n_rows ? least_loaded(s.hosts.without(full)) : p.n_ranks;
+  }
 
   LPLB_HD void fill_residents(Spill& s) {
     LPLB_LOOP
@@ -252,16 +256,14 @@ struct Assignment {
     s.hosts.drop(r);
   }
 
-  // What the best host, with `room`, gets: all it can take, or less, so that the rest is worth another guest. Where
-  // that is more than `least` it leaves room for no further guest; so guests are at most as many as experts and ranks.
+  // What the best host, with `room`, gets: all it can take, or less, so that the rest is worth another guest.
   LPLB_HD int64_t chunk_for(const Spill& s, int host, int64_t room) const {
     if (room >= s.rest) return joint::most(s.rest, least);
-    const int64_t shorter = joint::most(s.rest - least, least);
-    if (s.rest - room >= least || shorter + least - s.rest > s.kept) return room;
+    if (s.rest - room >= least) return room;
     Set others = s.hosts.without(full);
     others.drop(host);
     const int next = least_loaded(others);
-    return is_rank(next) && limit - load(next) >= least ? shorter : room;
+    return is_rank(next) && limit - load(next) >= least ? joint::most(s.rest - least, least) : room;
   }
 
   LPLB_HD void send_guests(Spill& s) {

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from lplb.cost import layer_parts, layer_time, transfer_time
-from lplb.transfers.plan import CAP, FEASIBLE, MAX_LOAD, TransferPlan
+from lplb.cost import layer_time, transfer_time
+from lplb.transfers.plan import CAP, FEASIBLE, MAX_LOAD, TOKENS, TransferPlan
 from lplb.transfers.settings import Costs
 
 _Floats = npt.NDArray[np.float64]
@@ -26,11 +26,15 @@ def at_home(plan: TransferPlan) -> TransferPlan:
     return plain
 
 
+ABOVE = (0.0, *(2.0**i for i in range(-6, 7)))
+"""How far above the least maximum, relative, the caps are for whose fewest transfers the cost model is asked."""
+
+
 def quickest(
     costs: Costs,
     replicas: TransferPlan,
-    solve: Callable[[int], TransferPlan],
-    front: Sequence[tuple[int, int]],
+    solve: Callable[[float], TransferPlan],
+    tolerance: float,
     max_tokens: int | None,
     *,
     plain: bool,
@@ -40,37 +44,55 @@ def quickest(
     Args:
         costs: model, hardware and nodes.
         replicas: the best plan without transfers.
-        solve: the best plan with so many transfers.
-        front: transfers and largest load of plans to look at, transfers ascending from 1.
+        solve: the plan with the fewest transfers for a tolerance.
+        tolerance: the least one to look at.
         max_tokens: plans with more tokens on a rank do not fit; if none fits, the one with the least is returned.
         plain: look at plain expert parallelism too.
 
     Returns:
         One of the plans with its ``seconds``, and what was asked for in its numbers: ``max_tokens``, or its own load.
     """
-    plans = [at_home(replicas)] * plain + [replicas] + [solve(k) for k, _ in front[-1:]]
-    times: list[float] = layer_seconds(costs, plans).tolist()
-    fitting = [t for plan, t in zip(plans, times, strict=True) if max_tokens is None or plan.max_load <= max_tokens]
-    # What is slower than the best so far, whatever the plan looks like, needs no plan.
-    within = min(fitting, default=np.inf)
-    between = front[:-1]
-    least = least_seconds(costs, between, replicas.frame.n_ranks)
-    more = [solve(k) for (k, _), seconds in zip(between, least, strict=True) if seconds < within]
-    plans += more
-    times.extend(layer_seconds(costs, more).tolist())
-
-    def rank(i: int) -> tuple[int, float, int]:
-        most = plans[i].max_load
-        return (0 if max_tokens is None else max(0, most - max_tokens)), times[i], plans[i].n_transfers
-
-    chosen = plans[min(range(len(plans)), key=rank)]
+    plans = [at_home(replicas)] * plain + [replicas]
+    more = _with_transfers(solve, tolerance, replicas.max_load)
+    if more:
+        least = least_seconds(costs, more)
+        first = int(least.argmin())
+        plans.append(more[first])
+        times = layer_seconds(costs, plans)
+        # What is slower than this, whatever the plan looks like, is not looked at.
+        within = min((t for plan, t in zip(plans, times, strict=True) if _above(plan, max_tokens) == 0), default=np.inf)
+        left = [plan for i, plan in enumerate(more) if i != first and least[i] < within]
+        times = np.concatenate([times, layer_seconds(costs, left)])
+        plans += left
+    else:
+        times = layer_seconds(costs, plans)
+    best = min(range(len(plans)), key=lambda i: (_above(plans[i], max_tokens), times[i], plans[i].n_transfers))
     seconds: dict[str, float] = {}
-    for plan, time in zip(plans, times, strict=True):
+    for plan, time in zip(plans, times.tolist(), strict=True):
         seconds[plan.strategy] = min(time, seconds.get(plan.strategy, np.inf))
-    numbers = chosen.numbers.numpy()
+    numbers = plans[best].numbers.numpy()
     numbers[CAP] = numbers[MAX_LOAD] if max_tokens is None else max_tokens
     numbers[FEASIBLE] = numbers[MAX_LOAD] <= numbers[CAP]
-    return replace(chosen, seconds=seconds)
+    return replace(plans[best], seconds=seconds)
+
+
+def _above(plan: TransferPlan, max_tokens: int | None) -> int:
+    """Tokens that do not fit."""
+    return 0 if max_tokens is None else max(0, plan.max_load - max_tokens)
+
+
+def _with_transfers(solve: Callable[[float], TransferPlan], tolerance: float, most: int) -> list[TransferPlan]:
+    """The fewest transfers for caps from the tolerance's up to ``most`` tokens, fewer in every plan."""
+    plans: list[TransferPlan] = []
+    for above in ABOVE:
+        plan = solve((1 + tolerance) * (1 + above) - 1)
+        if plan.n_transfers == 0:
+            break
+        if not plans or plan.n_transfers < plans[-1].n_transfers:
+            plans.append(plan)
+        if plan.cap >= most:
+            break
+    return plans
 
 
 def layer_seconds(costs: Costs, plans: Sequence[TransferPlan]) -> _Floats:
@@ -83,7 +105,8 @@ def layer_seconds(costs: Costs, plans: Sequence[TransferPlan]) -> _Floats:
         tokens[i, :, : rows.shape[1]] = rows
     n_ranks, node = tokens.shape[1], costs.ranks_per_node
     travel = [
-        transfer_time(plan.transfers, n_ranks, costs.model, costs.hardware, ranks_per_node=node) for plan in plans
+        transfer_time(plan.transfers[: plan.n_transfers], n_ranks, costs.model, costs.hardware, ranks_per_node=node)
+        for plan in plans
     ]
     return layer_time(
         tokens.reshape(len(plans), -1),
@@ -95,24 +118,27 @@ def layer_seconds(costs: Costs, plans: Sequence[TransferPlan]) -> _Floats:
     )
 
 
-def least_seconds(costs: Costs, front: Sequence[tuple[int, int]], n_ranks: int) -> _Floats:
-    """What no layer is quicker than that has so many transfers and so many tokens on its busiest rank.
+def least_seconds(costs: Costs, plans: Sequence[TransferPlan]) -> _Floats:
+    """What the layer of each plan takes at least, from its transfers and its largest load alone.
 
-    Its experts take at least what one expert with all these tokens does, and some rank gets its share of the copies.
+    The busiest rank's experts take at least what one expert with all its tokens does; no other rank has more, its node
+    has at least its share; and some rank gets its share of the copies.
     """
-    if not front:
-        return np.zeros(0)
-    transfers, most = np.array(front, dtype=np.float64).T
-    tokens = np.zeros((len(front), n_ranks))
+    n_ranks, node = plans[0].frame.n_ranks, costs.ranks_per_node
+    total = int(plans[0].numbers[TOKENS])
+    most = np.array([plan.max_load for plan in plans], dtype=np.float64)
+    near = np.maximum(0.0, total * node / n_ranks - most)  # on the rest of its node
+    tokens = np.empty((len(plans), n_ranks))
+    tokens[:, node:] = ((total - most - near) / max(1, n_ranks - node))[:, None]
+    tokens[:, 1:node] = (near / max(1, node - 1))[:, None]
     tokens[:, 0] = most
-    node = costs.ranks_per_node
-    experts = layer_parts(tokens, n_ranks, costs.model, costs.hardware, ranks_per_node=node).experts
     copy = [
         transfer_time(np.array([[0, 0, to]]), n_ranks, costs.model, costs.hardware, ranks_per_node=node)
         for to in {1 % n_ranks, node % n_ranks} - {0}  # in the node of rank 0 and out of it, where there are such
     ]
-    least: _Floats = experts + np.ceil(transfers / n_ranks) * min(copy, default=0.0)
-    return least
+    each = np.ceil(np.array([plan.n_transfers for plan in plans]) / n_ranks)
+    travel = each * min(copy, default=0.0)
+    return layer_time(tokens, n_ranks, costs.model, costs.hardware, ranks_per_node=node, transfer_seconds=travel)
 
 
 def _by_rank(plan: TransferPlan) -> npt.NDArray[np.int64]:

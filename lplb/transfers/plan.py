@@ -1,9 +1,9 @@
 """What a plan with transfers says: who serves how much, which weights travel, and how good that is."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 
@@ -98,6 +98,15 @@ class TransferPlan:
     """Writes to ``counts`` that torch knew of when the plan was made."""
     on_device: Backend | None = None
     """What finds routes on CUDA; ``None`` for a plan on the CPU."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy or pickle the fields; a plan on CUDA cannot be, its `cpu` can."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**state, "version": version_of(self.counts) - self.version}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the fields; a copied tensor begins another count of writes."""
+        self.__dict__.update(state, version=version_of(state["counts"]) - state["version"])
 
     # ---- tensors
 

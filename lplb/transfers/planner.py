@@ -45,12 +45,12 @@ class TransferPlanner:
 
     - ``"joint"``: what resident copies can balance they do, by the LP over them; what is left is removed with the
       fewest transfers, down to the ``tolerance``. With a ``model``, transfers that cost more than they gain are left
-      out: of the plans with so many transfers or fewer, the one with the least modelled time of the layer is chosen.
+      out: of no transfer, and the fewest for the tolerance and for caps further and further above it (by 1/64, 1/32, …
+      of it), what is chosen has the least modelled time of the layer.
     - ``"llep"``: the least-loaded assignment of LLEP (Salesforce, arXiv, January 2026). Only here ``alpha``, ``lam``
       and ``compat`` say something; ``tolerance`` does not.
-    - ``"auto"``, with a ``model``, on the CPU: of plain expert parallelism, the LP on replicas, and every number of
-      transfers that improves the balance, what is modelled to be quickest. ``tolerance`` says nothing here. The model
-      is that of `lplb.cost`, of a forward pass.
+    - ``"auto"``, with a ``model``, on the CPU: the same with plain expert parallelism among the plans, from exact
+      balance upwards; ``tolerance`` says nothing here. The model is that of `lplb.cost`, of a forward pass.
 
     The same arguments give the same plan, bit for bit, on every rank. Planning is local without a ``group``. Under a
     group the constructor and `plan` are collective: all ranks make and call planners in one order, and what one rank
@@ -69,7 +69,8 @@ class TransferPlanner:
         placement: where experts live: a `Placement`, replicas and all; or for each rank a sequence of its experts, of
             any length; by default one copy each, in blocks.
         strategy: ``"joint"``, ``"llep"`` or ``"auto"``.
-        alpha: at least 1; with ``"llep"`` no rank is to have more than ``max(1, ⌊alpha · ⌊tokens / ranks⌋⌋)`` tokens.
+        alpha: at least 1; with ``"llep"`` no rank is to have more than ``max(1, ⌊alpha · ⌊tokens / ranks⌋⌋)`` tokens,
+            where there are as many tokens as ranks.
         m: fewest tokens that a guest serves, 0 or 1 for no minimum; by default 1024 with ``"llep"``, as published, and
             1 otherwise.
         lam: at least 1; with ``"llep"``, batches of less imbalance under plain expert parallelism take that.
@@ -213,6 +214,7 @@ class TransferPlanner:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build the core again."""
+        devices.check_backend("device", state["device"])
         self.__dict__.update(state)
         self._compile()
 
@@ -316,7 +318,7 @@ class TransferPlanner:
         """
         rows, table = self._checked_counts(counts)
         kept = None if held is None else self._checked_held(held)
-        pairs = self._front(rows, table, 0 if kept is None else kept.data_ptr(), -1)
+        pairs = self._front(rows, table, 0 if kept is None else kept.data_ptr())
         return points(pairs, int(rows.sum(dtype=torch.int64)), self.n_ranks, self.expert_bytes)
 
     def _plan(self, counts: torch.Tensor, held: torch.Tensor | TransferPlan | None) -> TransferPlan:
@@ -329,31 +331,32 @@ class TransferPlanner:
         kept = None if held is None else self._checked_held(held)
         where = 0 if kept is None else kept.data_ptr()
         if self._costs is None:
-            return self._joint(rows, table, where, settings.max_transfers, "joint")
+            return self._joint(rows, table, where, settings.tolerance, settings.max_transfers, "joint")
         return self._by_cost(self._costs, rows, table, where)
 
     def _by_cost(self, costs: Costs, counts: torch.Tensor, table: _Table, held: int) -> TransferPlan:
         """The plan with the least modelled time."""
-        auto, most = self._settings.strategy == "auto", self._settings.max_transfers
-        if not auto:
-            most = self._joint(counts, table, held, most, "joint").n_transfers
-        replicas = self._joint(counts, table, held, 0, "replicas")
-        front = self._front(counts, table, held, most)
+        settings = self._settings
+
+        def solve(tolerance: float, max_transfers: int, name: str) -> TransferPlan:
+            return self._joint(counts, table, held, tolerance, max_transfers, name)
+
         return quickest(
             costs,
-            replicas,
-            lambda k: self._joint(counts, table, held, k, "joint"),
-            [pair for pair in front if pair[0] > 0],
+            solve(settings.tolerance, 0, "replicas"),
+            lambda tolerance: solve(tolerance, settings.max_transfers, "joint"),
+            settings.tolerance,
             self._max_tokens,
-            plain=auto,
+            plain=settings.strategy == "auto",
         )
 
-    def _joint(self, counts: torch.Tensor, table: _Table, held: int, max_transfers: int, name: str) -> TransferPlan:
-        settings = self._settings
+    def _joint(
+        self, counts: torch.Tensor, table: _Table, held: int, tolerance: float, max_transfers: int, name: str
+    ) -> TransferPlan:
         memory = torch.empty(self._words, dtype=torch.int64, device=self.device)
         at = self._addresses(memory.data_ptr())
         with self._lock:
-            wrong = self._core.joint(table, settings.tolerance, self._cap, max_transfers, settings.m, held, at)
+            wrong = self._core.joint(table, tolerance, self._cap, max_transfers, self._settings.m, held, at)
         if wrong:
             _refuse(counts, wrong)
         return self._planned(memory, counts, name)
@@ -368,7 +371,7 @@ class TransferPlanner:
             _refuse(counts, wrong)
         return self._planned(memory, counts, "llep")
 
-    def _front(self, counts: torch.Tensor, table: _Table, held: int, max_transfers: int) -> list[tuple[int, int]]:
+    def _front(self, counts: torch.Tensor, table: _Table, held: int) -> list[tuple[int, int]]:
         """Transfers and largest loads."""
         capacity = self._frame.rows + 1
         most, transfers = np.empty(capacity, dtype=np.int64), np.empty(capacity, dtype=np.int32)
@@ -376,7 +379,7 @@ class TransferPlanner:
         if not isinstance(self._core, _C.CpuTransfers):
             raise RuntimeError(f"front is asked of a planner on {str(self.device)!r}, allowed is one on the CPU")
         with self._lock:
-            wrong, found = self._core.front(table, max_transfers, self._settings.m, held, *arrays)
+            wrong, found = self._core.front(table, -1, self._settings.m, held, *arrays)
         if wrong:
             _refuse(counts, wrong)
         return list(zip(transfers[:found].tolist(), most[:found].tolist(), strict=True))
