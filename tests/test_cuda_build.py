@@ -25,6 +25,8 @@ MATHDX_TARGETS = {"sm_80", "sm_90", "sm_100"}
 # What is allowed besides nothing, in bytes of stack, spill stores and spill loads, by ranks of the block: cuSolverDx
 # keeps part of a matrix in registers that it indexes, and at 128 ranks there are too few of them for it and the kernel.
 LIBRARY = {8: (16, 0, 0), 128: (128, 160, 256)}
+# Above 64 ranks the compiler calls parts of the joint planner, which then has its own fields in local memory.
+CALLED = {"joint_kernelILi2E": (1024, 0, 0)}
 TOOLS = ("as", "ld", "ar", "ranlib", "nm", "uname", "sh")  # what a C++ compiler and CMake start by name
 
 
@@ -104,6 +106,7 @@ def test_no_kernel_has_a_stack_or_spills(compiled: list[Kernel]) -> None:
         library = re.search(r"CuSolverDxILi(\d+)E", kernel.name)
         print(f"{kernel.registers:4} registers {kernel.stack:5} bytes of stack  {kernel.name}")
         allowed = LIBRARY.get(int(library[1]), (0, 0, 0)) if library else (0, 0, 0)
+        allowed = next((most for name, most in CALLED.items() if name in kernel.name), allowed)
         found = (kernel.stack, kernel.stores, kernel.loads)
         assert all(seen <= most for seen, most in zip(found, allowed, strict=True)), (kernel, allowed)
 
