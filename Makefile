@@ -25,6 +25,7 @@ bench: $(READY)  # --write keeps the figures; then benchmarks/readme_table.py pu
 	-$(BIN)/pip install -q --disable-pip-version-check --no-deps sglang==0.5.23  # for its two files of EPLB
 	$(BIN)/python benchmarks/bench_placement.py
 	$(BIN)/python benchmarks/bench_dynamic.py
+	$(BIN)/python benchmarks/bench_llep.py
 
 gpu:  # on a machine with a GPU; settings and use without network are described in the script
 	PYTHON="$(PYTHON)" benchmarks/gpu.sh

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("cpu", "ep", "placement", "dynamic")
+KINDS = ("cpu", "ep", "placement", "dynamic", "llep")
 
 
 def markdown(result: dict, source: str) -> str:  # type: ignore[type-arg]

@@ -60,7 +60,7 @@ def test_the_examples_of_a_document_run_one_after_the_other(document: str, tmp_p
 def test_every_block_of_figures_is_filled() -> None:
     text = README.read_text()
     blocks = re.findall(r"<!-- figures: .*?-->\n(.*?)<!-- end of figures", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         assert block.count("\n| ") >= 5
     assert not re.search(r"@[A-Z]\d", text)
