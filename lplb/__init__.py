@@ -2,7 +2,8 @@
 
 `Planner` maps the router's logical expert indices to physical ones so that the busiest rank of a batch has as little
 to do as its replicas allow; `Placement` says where experts live; `place` makes one from load history and `plan_change`
-the next; `rebalance_experts` is EPLB. `TransferPlanner` lets weights travel for one batch where replicas do not suffice.
+the next; `rebalance_experts` is EPLB. `TransferPlanner` lets weights travel for one batch where replicas do not
+suffice.
 """
 
 from lplb import formats, history, nn, topology
