@@ -204,21 +204,50 @@ class Joint : PresentCopies<kWords, Warp> {
     return true;
   }
 
-  // A guest on a rank `via` that has a free slot, and no room: it passes on as many tokens of its own to one that
-  // relieves it already, whose rank has room but no slot. False where there is none.
-  LPLB_HD bool pass_on(int r, int64_t cap) {
-    const int begin = g_.rank_begin[r], n = g_.rank_begin[r + 1] - begin;
-    const auto next_of = [&](int via) {  // what `via` can pass on to, and how much
-      Spill best{-1, -1, 0};
-      LPLB_LOOP
-      for (int i = 0; i < n_spills_; ++i) {
-        const Spill& spill = x_.spills[i];
-        if (g_.replica_rank[spill.copy] != via || spill.rank == r) continue;
-        const int64_t tokens = joint::least(cap - x_.load[spill.rank], x_.y[spill.copy]);
-        if (tokens > best.tokens) best = {i, spill.rank, tokens};
-      }
-      return best;
+  // How many tokens each rank but r can take or pass on, guest by guest that relieves it, to one with room: the widest
+  // way, in shed. giver: the spill that is its first step, -1 for a rank that takes them itself.
+  LPLB_HD void find_ways(int r, int64_t cap) {
+    int64_t *shed = x_.shed, *wider = x_.shed + p_.n_ranks;
+    int32_t *way = x_.giver, *next_way = x_.taker;
+    warp_.sync();
+    warp_.each(p_.n_ranks, [&](int i) {
+      shed[i] = i == r ? 0 : joint::most(0, cap - x_.load[i]);
+      way[i] = -1;
+    });
+    warp_.sync();
+    const auto widen = [&](int s) {  // by a step over one spill
+      const Spill& spill = x_.spills[s];
+      const int from = g_.replica_rank[spill.copy];
+      const int64_t tokens = joint::least(x_.y[spill.copy], shed[spill.rank]);
+      if (from == r || tokens <= wider[from]) return;
+      wider[from] = tokens;
+      next_way[from] = s;
     };
+    for (bool more = true; more;) {
+      warp_.each(p_.n_ranks, [&](int i) {
+        wider[i] = shed[i];
+        next_way[i] = way[i];
+      });
+      warp_.sync();
+      LPLB_LOOP
+      for (int s = 0; s < n_spills_; ++s)  // each by the member that keeps its rank
+        if (g_.replica_rank[x_.spills[s].copy] % warp_.size() == warp_.rank()) widen(s);
+      warp_.sync();
+      more = !ranks_where<kWords>(warp_, p_.n_ranks, [&](int i) { return wider[i] > shed[i]; }).empty();
+      warp_.sync();
+      warp_.each(p_.n_ranks, [&](int i) {
+        shed[i] = wider[i];
+        way[i] = next_way[i];
+      });
+      warp_.sync();
+    }
+  }
+
+  // A guest on a rank `via` that has a free slot, and no room: it passes on as many tokens of its own, over guests that
+  // relieve it already, to a rank that has room but no slot. False where there is no such way.
+  LPLB_HD bool pass_on(int r, int64_t cap) {
+    find_ways(r, cap);
+    const int begin = g_.rank_begin[r], n = g_.rank_begin[r + 1] - begin;
     const auto copy_for = [&](int via) {  // what of r goes there: of its experts that with most tokens
       int best = -1;
       LPLB_LOOP
@@ -232,22 +261,26 @@ class Joint : PresentCopies<kWords, Warp> {
     const int64_t excess = x_.load[r] - cap;
     const Set reach = reachable(r);
     const int via = first_least(warp_, p_.n_ranks, [&](int i) {
-      if (i == r || !reach.has(i) || x_.load[i] > cap || x_.used[i] >= p_.n_slots) return int64_t{-1};
+      if (i == r || !reach.has(i) || x_.load[i] > cap || x_.used[i] >= p_.n_slots || x_.shed[i] < room_)
+        return int64_t{-1};
       const int c = copy_for(i);
       if (c < 0) return int64_t{-1};
-      const int64_t tokens = joint::least(joint::least(excess, x_.y[c]), next_of(i).tokens);
+      const int64_t tokens = joint::least(joint::least(excess, x_.y[c]), x_.shed[i]);
       return tokens >= room_ ? kMostTransferTokens - tokens : int64_t{-1};
     });
     if (via == p_.n_ranks) return false;
     const int c = copy_for(via);
-    const Spill next = next_of(via);
-    const int64_t tokens = joint::least(joint::least(excess, x_.y[c]), next.tokens);
+    const int64_t tokens = joint::least(joint::least(excess, x_.y[c]), x_.shed[via]);
+    int last = via;
+    while (x_.giver[last] >= 0) last = x_.spills[x_.giver[last]].rank;
     warp_.sync();  // everybody has read them
     if (warp_.rank() == 0) {
-      Spill& spill = x_.spills[next.copy];
-      x_.y[spill.copy] -= tokens;
-      spill.tokens += tokens;
-      x_.load[next.rank] += tokens;
+      for (int at = via; x_.giver[at] >= 0; at = x_.spills[x_.giver[at]].rank) {
+        Spill& spill = x_.spills[x_.giver[at]];
+        x_.y[spill.copy] -= tokens;
+        spill.tokens += tokens;
+      }
+      x_.load[last] += tokens;
       x_.y[c] -= tokens;
       x_.load[r] -= tokens;
       ++x_.used[via];
@@ -259,6 +292,8 @@ class Joint : PresentCopies<kWords, Warp> {
     }
     ++n_spills_;
     warp_.sync();
+    for (const int i : {via, last})
+      if (!is_open(i, cap)) open_.drop(i);
     return true;
   }
 

@@ -19,6 +19,7 @@ struct JointSpace {
   int64_t *y, *load, *limit;      // per copy; per rank
   int64_t *start_y, *start_load;  // what step 2 leaves
   int64_t *kept_y, *kept_load;    // the best try so far
+  int64_t* shed;                  // [2, n_ranks] what ranks can take or pass on
   uint64_t* closed;               // [n_experts, kWords] ranks that an expert cannot go to: it is there, or too far
   int32_t *used, *start_used;     // guest slots of a rank that serve tokens
   uint64_t *reach, *level;        // Flow's
@@ -50,6 +51,7 @@ LPLB_HD inline size_t carve_joint(const TransferProblem& p, bool with_held, std:
   take(x.start_load, r);
   take(x.kept_y, c);
   take(x.kept_load, r);
+  take(x.shed, 2 * r);
   take(x.closed, words * e);
   take(x.used, r);
   take(x.start_used, r);
