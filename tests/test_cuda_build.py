@@ -157,7 +157,7 @@ def test_the_extension_holds_every_target() -> None:
     machine = {target for target in _C.cuda_targets if target.startswith("sm_")}
     binaries = images(Path(_C.__file__))
     finished = [targets for targets in binaries if not any(target.startswith("lto") for target in targets)]
-    expected = [set(_C.cuda_targets)] * 3  # count, assign, solve
+    expected = [set(_C.cuda_targets)] * 5  # count, assign, solve, transfers, ranges
     if "cusolverdx" in _C.linalgs:
         expected.append(machine & MATHDX_TARGETS)
         assert re.fullmatch(r".*cuSolverDx \d+\.\d+\.\d+.*", _C.mathdx_version)
