@@ -210,6 +210,12 @@ def test_routes():
     counts += 1
     with pytest.raises(ValueError, match="counts was written to since the plan was made"):
         plan.route(indices, 1)
+    counts = good()
+    plan = TransferPlanner(8, 4).plan(counts)
+    counts.numpy()[1, 3] += 2  # which torch does not see
+    for call in (lambda: plan.route(indices, 1), plan.tokens_by_source):
+        with pytest.raises(ValueError, match="counts has 62 tokens of expert 3, allowed is what .* made for, 60: "):
+            call()
     alone = TransferPlanner(8, 4).plan(good().sum(0))
     assert len(alone.tokens_by_source()) == 1
     with pytest.raises(ValueError, match="rank is 1, allowed is 0 to 0"):
