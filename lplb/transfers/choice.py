@@ -61,7 +61,7 @@ def quickest(
         times = layer_seconds(costs, plans)
         # What is slower than this, whatever the plan looks like, is not looked at.
         within = min((t for plan, t in zip(plans, times, strict=True) if _above(plan, max_tokens) == 0), default=np.inf)
-        left = [plan for i, plan in enumerate(more) if i != first and least[i] < within]
+        left = [plan for i, plan in enumerate(more) if i != first and least[i] <= within]
         times = np.concatenate([times, layer_seconds(costs, left)])
         plans += left
     else:
@@ -122,7 +122,7 @@ def least_seconds(costs: Costs, plans: Sequence[TransferPlan]) -> _Floats:
     """What the layer of each plan takes at least, from its transfers and its largest load alone.
 
     The busiest rank's experts take at least what one expert with all its tokens does; no other rank has more, its node
-    has at least its share; and some rank gets its share of the copies.
+    has at least its share; and some rank gets its share of the copies, at best over NVLink and its card together.
     """
     n_ranks, node = plans[0].frame.n_ranks, costs.ranks_per_node
     total = int(plans[0].numbers[TOKENS])
@@ -132,12 +132,12 @@ def least_seconds(costs: Costs, plans: Sequence[TransferPlan]) -> _Floats:
     tokens[:, node:] = ((total - most - near) / max(1, n_ranks - node))[:, None]
     tokens[:, 1:node] = (near / max(1, node - 1))[:, None]
     tokens[:, 0] = most
-    copy = [
-        transfer_time(np.array([[0, 0, to]]), n_ranks, costs.model, costs.hardware, ranks_per_node=node)
-        for to in {1 % n_ranks, node % n_ranks} - {0}  # in the node of rank 0 and out of it, where there are such
-    ]
+    per_second = sum(
+        1 / transfer_time(np.array([[0, 0, to]]), n_ranks, costs.model, costs.hardware, ranks_per_node=node)
+        for to in {1 % node, node % n_ranks} - {0}  # in the node of rank 0 and out of it, where there are such
+    )
     each = np.ceil(np.array([plan.n_transfers for plan in plans]) / n_ranks)
-    travel = each * min(copy, default=0.0)
+    travel = each / per_second if per_second else np.zeros(len(plans))
     return layer_time(tokens, n_ranks, costs.model, costs.hardware, ranks_per_node=node, transfer_seconds=travel)
 
 
