@@ -281,6 +281,12 @@ def test_feasible_says_nothing_of_guests_as_published():
     assert 0 < plan.quota[0, 1] < 50
 
 
+def test_llep_with_fewer_tokens_than_ranks_has_no_cap():
+    for compat in (False, True):
+        plan = TransferPlanner(4, 4, strategy="llep", compat=compat, lam=1.0).plan(torch.tensor([3, 0, 0, 0]))
+        assert (plan.cap, plan.max_load, plan.n_transfers, plan.feasible) == (3, 3, 0, True)
+
+
 # Bounds and the best there is
 
 
