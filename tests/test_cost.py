@@ -338,7 +338,7 @@ def test_unknown_names_are_answered_with_the_known():
 )
 def test_transfers_by_hand(transfers, node, seconds):
     table = np.array([*transfers, (-1, -1, -1)]).reshape(-1, 3)
-    for rows in (table, torch.from_numpy(table.astype(np.int32))):
+    for rows in (table, torch.from_numpy(table.astype(np.int32)), torch._neg_view(torch.from_numpy(-table))):
         assert transfer_time(rows, 4, SMALL, ROUND, ranks_per_node=node) == pytest.approx(seconds)
 
 

@@ -44,7 +44,7 @@ def quickest(
     Args:
         costs: model, hardware and nodes.
         replicas: the best plan without transfers.
-        solve: the plan with the fewest transfers for a tolerance.
+        solve: the plan with the fewest transfers found for a tolerance.
         tolerance: the least one to look at.
         max_tokens: plans with more tokens on a rank do not fit; if none fits, the one with the least is returned.
         plain: look at plain expert parallelism too.
@@ -82,7 +82,7 @@ def _above(plan: TransferPlan, max_tokens: int | None) -> int:
 
 
 def _with_transfers(solve: Callable[[float], TransferPlan], tolerance: float, most: int) -> list[TransferPlan]:
-    """The fewest transfers for caps from the tolerance's up to ``most`` tokens, fewer in every plan."""
+    """The fewest transfers found for caps from the tolerance's up to ``most`` tokens, fewer in every plan."""
     plans: list[TransferPlan] = []
     for above in ABOVE:
         plan = solve((1 + tolerance) * (1 + above) - 1)

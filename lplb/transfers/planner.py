@@ -45,9 +45,9 @@ class TransferPlanner:
     *guest*, serves on further ranks, in one of their guest slots. Strategies:
 
     - ``"joint"``: what resident copies can balance they do, by the LP over them; what is left is removed with the
-      fewest transfers, down to the ``tolerance``. With a ``model``, transfers that cost more than they gain are left
-      out: of no transfer, and the fewest for the tolerance and for caps further and further above it (by 1/64, 1/32, …
-      of it), what is chosen has the least modelled time of the layer.
+      fewest transfers that it finds, down to the ``tolerance``. With a ``model``, transfers that cost more than they
+      gain are left out: of no transfer, and the fewest found for the tolerance and for caps further and further above
+      it (by 1/64, 1/32, … of it), what is chosen has the least modelled time of the layer.
     - ``"llep"``: the least-loaded assignment of LLEP (Salesforce, arXiv, January 2026). Only here ``alpha``, ``lam``
       and ``compat`` say something; ``tolerance`` does not.
     - ``"auto"``, with a ``model``, on the CPU: the same with plain expert parallelism among the plans, from exact
