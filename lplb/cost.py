@@ -12,9 +12,11 @@
 - **Transfers**: weights that travel for one batch (`lplb.TransferPlanner`), by `transfer_time`. They use the links that
   the tokens use, so their time is added, also where they are under way at the same time. Every expert goes over a tree:
   once to each node that wants it, where a first rank gets it over its network card and others have it over NVLink, and
-  a rank that has it passes it on. Copying to ``n`` others keeps the rank that it comes from busy for
-  ``ceil(log2(n + 1))`` copies; who passes on is free in every other respect. The rank with the most copies out or in
-  decides, NVLink and cards beside each other. A forward pass only: in a backward pass, in which experts compute twice
+  a rank that has it passes it on: in every round each rank that has the expert sends it to one that has not, in the
+  order of the table (a binomial tree), so that ``n`` copies take ``ceil(log2(n + 1))`` rounds. The sends of all trees
+  are counted for the ranks that make them, who pass on included. The rank with the most copies out or in decides,
+  NVLink and cards beside each other; that a copy must have come before it goes on, and that rounds of different
+  trees may wait for each other, is not in it. A forward pass only: in a backward pass, in which experts compute twice
   as much, the weights may come once more and gradients go home, which is about twice as much on the links too.
 - **Planner**: what the caller says. lplb's kernels have not been measured on a GPU; `ASSUMED_PLANNER_SECONDS` is
   LPLB's figure, and an assumption.
@@ -292,22 +294,27 @@ def _copies(transfers: list[list[int]], n_ranks: int, node: int) -> tuple[int, i
         trees.setdefault((expert, source), {}).setdefault(to // node, []).append(to)
     nvlink_out, nvlink_in, card_out, card_in = ([0] * n_ranks for _ in range(4))
     for (_, source), by_node in trees.items():
-        near = source // node
-        card_out[source] += len(by_node.keys() - {near}).bit_length()
-        for there, ranks in by_node.items():
-            root = source
-            if there != near:
-                root, *ranks = ranks
-                card_in[root] += 1
-            nvlink_out[root] += len(ranks).bit_length()
-            for rank in ranks:
-                nvlink_in[rank] += 1
+        near = by_node.pop(source // node, [])
+        first = [source, *(ranks[0] for ranks in by_node.values())]
+        _count_tree(first, card_out, card_in)
+        for have in ([source, *near], *by_node.values()):
+            _count_tree(have, nvlink_out, nvlink_in)
     return max(*nvlink_out, *nvlink_in), max(*card_out, *card_in)
+
+
+def _count_tree(ranks: list[int], out: list[int], into: list[int]) -> None:
+    """Add the copies by which what the first of ``ranks`` has comes to the others: each round, all who have it send."""
+    have = 1
+    while have < len(ranks):
+        for source, to in zip(ranks[:have], ranks[have : 2 * have], strict=False):
+            out[source] += 1
+            into[to] += 1
+        have *= 2
 
 
 def _checked_transfers(transfers: object, n_ranks: int) -> list[list[int]]:
     """The rows of a table of transfers that are some."""
-    given = transfers.detach().cpu().numpy() if isinstance(transfers, torch.Tensor) else transfers
+    given = transfers.detach().cpu().resolve_neg().numpy() if isinstance(transfers, torch.Tensor) else transfers
     if not isinstance(given, np.ndarray) or given.dtype.kind not in "iu":
         raise TypeError(f"transfers is {seen(transfers)}, allowed is a tensor or an array of integers [n, 3]")
     if given.ndim != 2 or given.shape[1] != 3:

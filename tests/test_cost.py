@@ -317,6 +317,19 @@ def test_unknown_names_are_answered_with_the_known():
         ([(0, 1, 0), (1, 2, 0)], 4, 24),  # two come to one rank
         ([(0, 0, 1), (0, 0, 2), (0, 0, 3)], 4, 24),  # rank 1 passes on what it got
         ([(0, 0, 1), (0, 0, 2), (0, 3, 1), (0, 3, 2)], 4, 24),  # of each source its own
+        # Rank 1 sends five: two of its own, and passes on three that come from 0, 2 and 3.
+        (
+            [
+                *((0, 0, to) for to in (1, 2, 3)),
+                *((1, 2, to) for to in (1, 3, 0)),
+                *((2, 3, to) for to in (1, 2, 0)),
+                (3, 1, 0),
+                (4, 1, 2),
+            ],
+            4,
+            60,
+        ),
+        ([(0, 0, 1), (0, 0, 2), (0, 0, 3), (1, 1, 0), (2, 1, 2)], 1, 360),  # rank 1 passes on over its card
         ([(0, 0, 2), (0, 0, 3)], 2, 120),  # to the other node once
         ([(0, 0, 1), (0, 0, 2), (0, 0, 3)], 2, 120),  # NVLink has nothing to wait for
         ([(0, 0, 1), (0, 0, 2), (0, 0, 3)], 1, 240),
@@ -325,7 +338,7 @@ def test_unknown_names_are_answered_with_the_known():
 )
 def test_transfers_by_hand(transfers, node, seconds):
     table = np.array([*transfers, (-1, -1, -1)]).reshape(-1, 3)
-    for rows in (table, torch.from_numpy(table.astype(np.int32))):
+    for rows in (table, torch.from_numpy(table.astype(np.int32)), torch._neg_view(torch.from_numpy(-table))):
         assert transfer_time(rows, 4, SMALL, ROUND, ranks_per_node=node) == pytest.approx(seconds)
 
 

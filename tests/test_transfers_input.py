@@ -13,7 +13,8 @@ from lplb.transfers import TransferPlanner
 MODEL = MODELS["gpt-oss-120b"]
 
 REFUSED = [
-    ({"n_logical": 0}, ValueError, "n_logical is 0, allowed is 1 or more"),
+    ({"n_logical": 0}, ValueError, "n_logical is 0, allowed is 1 to 65536"),
+    ({"n_logical": 10**7, "ep_size": 128}, ValueError, "n_logical is 10000000, allowed is 1 to 65536"),
     ({"n_logical": 8.0}, TypeError, "n_logical is 8.0, allowed is an int"),
     ({"ep_size": 0}, ValueError, "ep_size is 0, allowed is 1 to 128"),
     ({"ep_size": 129}, ValueError, "ep_size is 129, allowed is 1 to 128"),
@@ -178,6 +179,12 @@ def test_plans_are_held():
             other.plan(good()[: other.n_ranks], held=plan)
     elsewhere = TransferPlanner(8, 4, slots=2, placement=[[6, 7], [4, 5], [2, 3], [0, 1]])
     assert (plan.guests >= 0).any()
+    unseen = planner.plan(good())
+    for number in (8, -2, 2**31 - 1, -(2**31)):
+        unseen.guests.numpy()[2, 1] = number  # which torch does not see
+        for call in (planner.plan, planner.front):
+            with pytest.raises(ValueError, match=rf"held\[2, 1\] is {number}, allowed is -1 to 7"):
+                call(good(), held=unseen)
     plan.guests.fill_(8)  # not as it was made
     with pytest.raises(ValueError, match=r"held\[0, 0\] is 8, allowed is -1 to 7"):
         planner.plan(good(), held=plan)
@@ -185,6 +192,34 @@ def test_plans_are_held():
     plan.guests[0, 0] = 6
     with pytest.raises(ValueError, match="held has expert 6 on rank 0, where it is resident"):
         elsewhere.plan(good(), held=plan)
+
+
+def test_tensors_that_are_negated_when_read():
+    """A bit of a tensor says that its values are those of memory, negated."""
+    planner = TransferPlanner(8, 4, slots=2)
+    plan = planner.plan(good())
+    lazily = torch._neg_view(-good())
+    assert lazily.is_neg()
+    again = planner.plan(lazily)
+    assert again.fingerprint() == plan.fingerprint()
+    assert planner.front(lazily) == planner.front(good())
+    assert torch.equal(again.tokens_by_source(), plan.tokens_by_source())
+    with pytest.raises(ValueError, match=r"counts\[0, 1\] is -1, allowed is 0 or more"):
+        planner.plan(torch._neg_view(good()))
+    guests = torch._neg_view(-plan.guests)
+    assert planner.plan(good(), held=guests).fingerprint() == planner.plan(good(), held=plan.guests).fingerprint()
+    indices = torch.repeat_interleave(torch.arange(8), good()[1])
+    assert torch.equal(plan.route(torch._neg_view(-indices), 1), plan.route(indices, 1))
+
+
+def test_many_experts():
+    """Most there may be, all at home on one rank too; what only held guests need is not made without them."""
+    TransferPlanner(1 << 16, 2, slots=1, placement=[range(1 << 16), []])
+    planner = TransferPlanner(1 << 16, 128, slots=1)
+    assert "_most_held" not in vars(planner)
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    counts[5] = 1280
+    assert planner.plan(counts).max_load == 10
 
 
 def test_llep_keeps_no_copies():
@@ -210,6 +245,12 @@ def test_routes():
     counts += 1
     with pytest.raises(ValueError, match="counts was written to since the plan was made"):
         plan.route(indices, 1)
+    counts = good()
+    plan = TransferPlanner(8, 4).plan(counts)
+    counts.numpy()[1, 3] += 2  # which torch does not see
+    for call in (lambda: plan.route(indices, 1), plan.tokens_by_source):
+        with pytest.raises(ValueError, match=r"counts has 62 tokens of expert 3, allowed is what .* made for, 60: "):
+            call()
     alone = TransferPlanner(8, 4).plan(good().sum(0))
     assert len(alone.tokens_by_source()) == 1
     with pytest.raises(ValueError, match="rank is 1, allowed is 0 to 0"):

@@ -44,7 +44,7 @@ def quickest(
     Args:
         costs: model, hardware and nodes.
         replicas: the best plan without transfers.
-        solve: the plan with the fewest transfers for a tolerance.
+        solve: the plan with the fewest transfers found for a tolerance.
         tolerance: the least one to look at.
         max_tokens: plans with more tokens on a rank do not fit; if none fits, the one with the least is returned.
         plain: look at plain expert parallelism too.
@@ -61,7 +61,7 @@ def quickest(
         times = layer_seconds(costs, plans)
         # What is slower than this, whatever the plan looks like, is not looked at.
         within = min((t for plan, t in zip(plans, times, strict=True) if _above(plan, max_tokens) == 0), default=np.inf)
-        left = [plan for i, plan in enumerate(more) if i != first and least[i] < within]
+        left = [plan for i, plan in enumerate(more) if i != first and least[i] <= within]
         times = np.concatenate([times, layer_seconds(costs, left)])
         plans += left
     else:
@@ -82,7 +82,7 @@ def _above(plan: TransferPlan, max_tokens: int | None) -> int:
 
 
 def _with_transfers(solve: Callable[[float], TransferPlan], tolerance: float, most: int) -> list[TransferPlan]:
-    """The fewest transfers for caps from the tolerance's up to ``most`` tokens, fewer in every plan."""
+    """The fewest transfers found for caps from the tolerance's up to ``most`` tokens, fewer in every plan."""
     plans: list[TransferPlan] = []
     for above in ABOVE:
         plan = solve((1 + tolerance) * (1 + above) - 1)
@@ -122,7 +122,7 @@ def least_seconds(costs: Costs, plans: Sequence[TransferPlan]) -> _Floats:
     """What the layer of each plan takes at least, from its transfers and its largest load alone.
 
     The busiest rank's experts take at least what one expert with all its tokens does; no other rank has more, its node
-    has at least its share; and some rank gets its share of the copies.
+    has at least its share; and some rank gets its share of the copies, at best over NVLink and its card together.
     """
     n_ranks, node = plans[0].frame.n_ranks, costs.ranks_per_node
     total = int(plans[0].numbers[TOKENS])
@@ -132,12 +132,12 @@ def least_seconds(costs: Costs, plans: Sequence[TransferPlan]) -> _Floats:
     tokens[:, node:] = ((total - most - near) / max(1, n_ranks - node))[:, None]
     tokens[:, 1:node] = (near / max(1, node - 1))[:, None]
     tokens[:, 0] = most
-    copy = [
-        transfer_time(np.array([[0, 0, to]]), n_ranks, costs.model, costs.hardware, ranks_per_node=node)
-        for to in {1 % n_ranks, node % n_ranks} - {0}  # in the node of rank 0 and out of it, where there are such
-    ]
+    per_second = sum(
+        1 / transfer_time(np.array([[0, 0, to]]), n_ranks, costs.model, costs.hardware, ranks_per_node=node)
+        for to in {1 % node, node % n_ranks} - {0}  # in the node of rank 0 and out of it, where there are such
+    )
     each = np.ceil(np.array([plan.n_transfers for plan in plans]) / n_ranks)
-    travel = each * min(copy, default=0.0)
+    travel = each / per_second if per_second else np.zeros(len(plans))
     return layer_time(tokens, n_ranks, costs.model, costs.hardware, ranks_per_node=node, transfer_seconds=travel)
 
 

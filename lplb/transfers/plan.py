@@ -22,7 +22,10 @@ N_TRANSFERS, MAX_LOAD, TOKENS, CAP, FEASIBLE, LEAST, MOST_SENDS, MOST_RECEIVES =
 
 
 class ParetoPoint(NamedTuple):
-    """The best balance that some number of transfers reaches, where fewer reach less."""
+    """The best balance that the search finds with some number of transfers, where with fewer it finds less.
+
+    The search is none for a proven optimum, which is NP-hard: ``max_load`` is reached, a smaller one may be as well.
+    """
 
     transfers: int
     """Experts that travel to a rank."""
@@ -35,7 +38,8 @@ class ParetoPoint(NamedTuple):
 
 
 ParetoFront = tuple[ParetoPoint, ...]
-"""From no transfer, the worst balance, to the best balance with the fewest transfers for it."""
+"""From no transfer, the worst balance, to the best balance that is found, with the fewest transfers found for it. Of
+no transfer the balance is the least there is; of more it is what the search finds."""
 
 
 class Frame(NamedTuple):
@@ -169,12 +173,19 @@ class TransferPlan:
 
     @property
     def cap(self) -> int:
-        """The largest `max_load` that was asked for: by the tolerance or alpha, and by max_tokens."""
+        """The largest `max_load` that was asked for: by the tolerance or alpha, and by max_tokens.
+
+        By the tolerance it is ``floor((1 + tolerance) * lower_bound)`` in float64, or the least whole `max_load` if
+        that is more.
+        """
         return self._number(CAP)
 
     @property
     def feasible(self) -> bool:
-        """Whether no rank is above `cap` and no guest has fewer tokens than asked for."""
+        """Whether no rank is above `cap`. If not, no such plan was found; where slots are few there may be one.
+
+        Guests have at least ``m`` tokens in any plan but one by LLEP with ``compat``, where this says nothing of them.
+        """
         return bool(self._number(FEASIBLE))
 
     @property
@@ -219,8 +230,7 @@ class TransferPlan:
         line += f"{self._number(LEAST)}"
         if self.feasible:
             return line
-        short = f"{self.excess} above the cap of {self.cap}" if self.excess else "a guest below the fewest tokens"
-        return f"{line}; not what was asked for: {short}"
+        return f"{line}; not what was asked for: {self.excess} above the cap of {self.cap}"
 
     def __str__(self) -> str:
         """One line: strategy, size, and the sentence."""
@@ -258,11 +268,15 @@ class TransferPlan:
             Like ``indices``, contiguous; -1 stays -1. Over all ranks, each virtual slot gets exactly its quota.
 
         Raises:
-            TypeError, ValueError: an argument is not allowed, or ``counts`` was written to since the plan was made. On
-                CUDA, what only the values of indices tell is raised by a later call.
+            TypeError, ValueError: an argument is not allowed, or ``counts`` was written to since the plan was made:
+                torch counted a write, or its tokens are other than the plan's. On CUDA, what only the values of counts
+                and indices tell is raised by a later call.
         """
         rank, counts = self._checked_source(rank)
         check_indices(indices, self.memory.device)
+        if self.on_device is None:
+            _check_tokens(counts, self.quota)
+        indices = indices.resolve_neg()  # memory is read as it is
         router = self._router if self.on_device is None else self.on_device
         return router.route(indices, self.quota, self.guests, counts, rank).slots
 
@@ -273,10 +287,11 @@ class TransferPlan:
         A row is what `route` does for its rank.
 
         Raises:
-            ValueError: ``counts`` was written to since the plan was made.
+            ValueError: ``counts`` was written to since the plan was made, or has other tokens than the plan.
         """
-        counts = self._checked_source(0)[1].cpu()
-        return self._router.tokens_by_source(self.quota.cpu(), self.guests.cpu(), counts)
+        counts, quota = self._checked_source(0)[1].cpu(), self.quota.cpu()
+        _check_tokens(counts, quota)
+        return self._router.tokens_by_source(quota, self.guests.cpu(), counts)
 
     @property
     def _router(self) -> RangeRouter:
@@ -307,6 +322,17 @@ class TransferPlan:
 def _router_of(residents: Residents, slots: int, ranks_per_node: int) -> RangeRouter:
     n_logical, n_ranks = residents.n_logical, residents.n_ranks
     return RangeRouter(residents.ranks, residents.experts, n_logical, n_ranks, slots, ranks_per_node)
+
+
+def _check_tokens(counts: torch.Tensor, quota: torch.Tensor) -> None:
+    """Refuse counts with other tokens of an expert than its quotas: NumPy's writes are not counted by torch."""
+    now, planned = counts.sum(0, dtype=torch.int64), quota.sum(1)
+    if not torch.equal(now, planned):
+        expert = int((now != planned).nonzero()[0])
+        raise ValueError(
+            f"counts has {int(now[expert])} tokens of expert {expert}, allowed is what the plan was made for, "
+            f"{int(planned[expert])}: counts was written to since then"
+        )
 
 
 def points(pairs: list[tuple[int, int]], tokens: int, n_ranks: int, expert_bytes: int | None) -> ParetoFront:

@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
@@ -44,9 +45,9 @@ class TransferPlanner:
     *guest*, serves on further ranks, in one of their guest slots. Strategies:
 
     - ``"joint"``: what resident copies can balance they do, by the LP over them; what is left is removed with the
-      fewest transfers, down to the ``tolerance``. With a ``model``, transfers that cost more than they gain are left
-      out: of no transfer, and the fewest for the tolerance and for caps further and further above it (by 1/64, 1/32, …
-      of it), what is chosen has the least modelled time of the layer.
+      fewest transfers that it finds, down to the ``tolerance``. With a ``model``, transfers that cost more than they
+      gain are left out: of no transfer, and the fewest found for the tolerance and for caps further and further above
+      it (by 1/64, 1/32, … of it), what is chosen has the least modelled time of the layer.
     - ``"llep"``: the least-loaded assignment of LLEP (Salesforce, arXiv, January 2026). Only here ``alpha``, ``lam``
       and ``compat`` say something; ``tolerance`` does not.
     - ``"auto"``, with a ``model``, on the CPU: the same with plain expert parallelism among the plans, from exact
@@ -64,7 +65,7 @@ class TransferPlanner:
     ``"joint"``, and `front` are for the CPU.
 
     Args:
-        n_logical: number of experts.
+        n_logical: number of experts, 1 to 65536.
         ep_size: number of ranks, 1 to 128.
         placement: where experts live: a `Placement`, replicas and all; or for each rank a sequence of its experts, of
             any length; by default one copy each, in blocks.
@@ -85,8 +86,8 @@ class TransferPlanner:
             sorted once where the native rank has no room. Experts may then come twice, and caps may be broken.
         max_tokens: no rank may have more tokens, a matter of memory; a plan that cannot keep it is not `feasible`, and
             its ``excess`` says by how much. An attribute that may be set between batches.
-        max_bytes: what the transfers of a batch may weigh together: the best balance for the budget, `feasible` if it
-            is what was asked for. 0, or at least the bytes of an expert. Not with ``"llep"``.
+        max_bytes: what the transfers of a batch may weigh together: the best balance found for the budget, `feasible`
+            if it is what was asked for. 0, or at least the bytes of an expert. Not with ``"llep"``.
         expert_bytes: bytes of an expert's weights; by default the model's.
         model: the experts' shape, for the cost model: see ``strategy``.
         hardware: for the cost model, by default an H200.
@@ -185,8 +186,6 @@ class TransferPlanner:
         self._words = self._frame.ends[-1]
         self._offsets = self._frame.offsets
         self._shape = torch.Size((self.n_ranks, self.n_logical))
-        self._most_held = self._where_held()
-        self._columns = np.arange(self.n_ranks)[:, None] * (self.n_logical + 1) + 1
 
     def _backends(self) -> tuple[_C.CpuTransfers | cuda_transfers.Backend, cuda_transfers.Backend | None]:
         """What plans, and what is to find routes on a device."""
@@ -197,7 +196,13 @@ class TransferPlanner:
         backend = cuda_transfers.Backend(*where, settings.ranks_per_node, self.device)
         return backend, backend
 
-    def _where_held(self) -> npt.NDArray[np.int64]:
+    @property
+    def _columns(self) -> npt.NDArray[np.int64]:
+        """Where expert 0 of each rank is in `_most_held`, ``[ranks, 1]``."""
+        return np.arange(self.n_ranks)[:, None] * (self.n_logical + 1) + 1
+
+    @cached_property
+    def _most_held(self) -> npt.NDArray[np.int64]:
         """How often a guest may be held, by rank and expert + 1: once where it is not resident, but in the domain."""
         n_ranks, domain = self.n_ranks, self._settings.domain
         most = np.zeros((n_ranks, self.n_logical + 1), dtype=np.int64)
@@ -210,7 +215,8 @@ class TransferPlanner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle all but what is made anew; a planner under a process group cannot be copied."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_core", "_on_device")}
+        anew = "_lock", "_core", "_on_device", "_most_held"
+        return {name: value for name, value in self.__dict__.items() if name not in anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build the core again."""
@@ -285,11 +291,13 @@ class TransferPlanner:
                 least 0 and below 2**52 together; all ranks give the counts of all ranks. Or ``[n_logical]``, of no rank
                 in particular. A token counts once for each of its experts. Kept in the plan, not copied.
             held: what guest slots still hold from earlier batches, -1 for nothing: int32 ``[ranks, slots]``, such as
-                the ``guests`` of the last plan; or that plan itself, if it is of this planner, which needs no check.
+                the ``guests`` of the last plan; or that plan itself: one of this planner is only looked through for
+                numbers that are no experts.
                 These serve without a transfer, and give way where their slots are needed. Not with ``"llep"``.
 
         Returns:
-            The plan. It is the best that was found if it is not `feasible`; nothing is raised for that.
+            The plan. It is the best that was found if it is not `feasible`, which with few ``slots`` does not prove
+            that there is none; nothing is raised for that.
 
         Raises:
             TypeError, ValueError: an argument is not allowed, or not the same on every rank.
@@ -303,10 +311,11 @@ class TransferPlanner:
         )
 
     def front(self, counts: torch.Tensor, *, held: torch.Tensor | TransferPlan | None = None) -> ParetoFront:
-        """Return what balance each number of transfers reaches. Local, whatever the strategy.
+        """Return what balance the search finds for each number of transfers. Local, whatever the strategy.
 
-        From no transfer up to the best balance that ``slots`` allow; ``tolerance``, ``max_tokens`` and ``max_bytes`` do
-        not enter.
+        From no transfer up to the best balance that it finds within ``slots``; ``tolerance``, ``max_tokens`` and
+        ``max_bytes`` do not enter. No point but the first is proven to be the best: that is NP-hard. The search for a
+        number of transfers ends within 2**-12 of the least that it could find.
 
         Args:
             counts: as for `plan`.
@@ -427,6 +436,9 @@ class TransferPlanner:
         if stride[-1] != 1:
             counts = counts.contiguous()
             stride = counts.stride()
+        if counts.is_neg():  # memory is read as it is
+            counts = counts.resolve_neg()
+            stride = counts.stride()
         n_rows = 1 if len(stride) == 1 else shape[0]
         return counts, (counts.data_ptr(), size, n_rows, stride[0] if n_rows > 1 else 0)
 
@@ -434,9 +446,11 @@ class TransferPlanner:
         """What guest slots hold, contiguous: no expert where it cannot be, and none twice on a rank."""
         held = given
         if isinstance(held, TransferPlan):
-            if held.frame is self._frame and version_of(held.memory) == 0:
-                return held.guests
+            as_made = held.frame is self._frame and version_of(held.memory) == 0
             held = held.guests
+            if as_made:
+                self._check_range(held)  # NumPy's writes are not counted, and the core indexes with these
+                return held
         if not isinstance(held, torch.Tensor) or held.dtype != torch.int32 or held.layout != torch.strided:
             raise TypeError(f"held is {seen(held)}, allowed is a torch.int32 tensor, an lplb.TransferPlan or None")
         refuse_without_memory("held", held)
@@ -444,18 +458,25 @@ class TransferPlanner:
         if held.shape != shape:
             raise ValueError(f"held has shape {list(held.shape)}, allowed is [ranks, slots] = {list(shape)}")
         check_device("held", held, self.device)
-        held = held.contiguous()
+        held = held.resolve_neg().contiguous()
         if self._on_device is not None:
             return held
-        experts = held.numpy()
-        if (experts + 1).view(np.uint32).max() > self.n_logical:  # below -1 is above all
-            rank, slot = np.argwhere((experts < -1) | (experts >= self.n_logical))[0]
-            raise ValueError(f"held[{rank}, {slot}] is {experts[rank, slot]}, allowed is -1 to {self.n_logical - 1}")
+        experts = self._check_range(held)
         times = np.bincount((experts + self._columns).ravel(), minlength=len(self._most_held))
         wrong = times > self._most_held
         if wrong.any():
             self._refuse_held(*divmod(int(wrong.argmax()), self.n_logical + 1))
         return held
+
+    def _check_range(self, held: torch.Tensor) -> npt.NDArray[np.int32]:
+        """The same as an array, of numbers that are experts or -1; on CUDA without a look at them."""
+        if self._on_device is not None:
+            return np.empty(0, dtype=np.int32)
+        experts: npt.NDArray[np.int32] = held.numpy()
+        if (experts + 1).view(np.uint32).max() > self.n_logical:  # below -1 is above all
+            rank, slot = np.argwhere((experts < -1) | (experts >= self.n_logical))[0]
+            raise ValueError(f"held[{rank}, {slot}] is {experts[rank, slot]}, allowed is -1 to {self.n_logical - 1}")
+        return experts
 
     def _refuse_held(self, rank: int, column: int) -> NoReturn:
         expert = column - 1

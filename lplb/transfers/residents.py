@@ -14,6 +14,9 @@ from lplb.placement import Placement
 
 __all__ = ["Residents"]
 
+MOST_EXPERTS = 1 << 16
+"""Of a planner: its tables have an entry for each expert and rank. As many as scenes have."""
+
 _MAX_NAMED = 4  # how many missing experts a message lists
 
 
@@ -69,14 +72,14 @@ def residents_of(placement: object, n_logical: SupportsIndex, n_ranks: SupportsI
     Args:
         placement: a `Placement`; or for each rank a sequence of its experts; or ``None`` for one copy of each expert,
             in blocks in the order of ranks, the first blocks longer by one where they do not divide evenly.
-        n_logical: number of experts, at least 1.
+        n_logical: number of experts, 1 to `MOST_EXPERTS`.
         n_ranks: number of ranks, 1 to `MAX_GROUP_SIZE`.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: other numbers of ranks or experts, an expert that does not exist, is nowhere, or twice on one rank.
     """
-    n_logical = whole_number("n_logical", n_logical, 1)
+    n_logical = whole_number("n_logical", n_logical, 1, MOST_EXPERTS)
     n_ranks = whole_number("ep_size", n_ranks, 1, MAX_GROUP_SIZE)
     if placement is None:
         each, left = divmod(n_logical, n_ranks)
@@ -121,13 +124,14 @@ def _rows(placement: object, n_ranks: int, n_logical: int) -> tuple[tuple[int, .
             if isinstance(expert, (bool, np.bool_)) or not hasattr(expert, "__index__"):
                 raise TypeError(f"placement[{rank}][{slot}] is {expert!r}, allowed is an int")
         row = tuple(operator.index(expert) for expert in given)
+        first: dict[int, int] = {}
         for slot, expert in enumerate(row):
             if not 0 <= expert < n_logical:
                 raise ValueError(f"placement[{rank}][{slot}] is {expert}, allowed is 0 to {n_logical - 1}")
-            if row.index(expert) != slot:
+            if first.setdefault(expert, slot) != slot:
                 raise ValueError(
-                    f"placement[{rank}] has expert {expert} in slots {row.index(expert)} and {slot}, allowed is once "
-                    "on a rank"
+                    f"placement[{rank}] has expert {expert} in slots {first[expert]} and {slot}, allowed is once on a "
+                    "rank"
                 )
         rows.append(row)
     return tuple(rows)
