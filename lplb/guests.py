@@ -1,5 +1,6 @@
 """Guests: experts whose weights come to a rank for one batch, and where they stay."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -72,7 +73,8 @@ class GuestSlots:
         self._overlap: Overlap | None = None
         self._messages: list[Tensor] = []
         self.forgotten = 0
-        self._holds: object = None
+        self._batches = itertools.count()
+        self._holds: int | None = None
         self._in_use: object = None
 
     def room(self, slots: int, device: torch.device | str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -89,9 +91,11 @@ class GuestSlots:
         return (self.slots + 2) * self.expert_bytes
 
     def forget(self) -> None:
-        """Have the next batch send all its guests, whatever the slots hold; one rank's word is enough.
+        """Have the next batch that is routed send all its guests, whatever the slots hold; one rank's word is enough.
 
-        For changes of weights that torch does not count, such as those of ``parameter.data``.
+        For changes of weights that torch does not count, such as those of ``parameter.data``. A batch that is routed
+        already, and counts on guests of an earlier one, is refused by `ExpertParallelMoE.compute` on the rank that
+        called this.
         """
         self.forgotten += 1
 
@@ -113,7 +117,11 @@ class GuestSlots:
     @property
     def settings(self) -> str:
         """In what ranks must not differ, in words."""
-        users = "no layer" if self._overlap is None else "other layers"
+        users = "no layer"
+        if self._overlap is not None:
+            users = "other layers"
+            if self._apart is not None:  # whose group has the same name on all ranks
+                users += f" over group {exchange.group_name(exchange.Distributed(self._apart.group))!r}"
         return f"guests with {self.slots} slots, resend {self.resend} and {users}"
 
     def check_group(self, ranks: Exchange) -> None:
@@ -128,16 +136,20 @@ class GuestSlots:
             self._messages = [mover.link.buffer(mover.fields.layout) for _ in range(2)]
         return self._messages
 
-    def holds(self, key: object) -> bool:
-        """Whether the slots have the guests of this key, or will when work under way is done."""
-        return key is not None and self._holds == key
+    def next_batch(self) -> int:
+        """A number for a batch, of whatever layer. Ranks call this alike, so they count alike."""
+        return next(self._batches)
 
-    def start(self, work: Callable[[], object], holds: object, in_use: object = None) -> None:
+    def holds(self, batch: int) -> bool:
+        """Whether the slots have the guests of this batch, or will when work under way is done."""
+        return self._holds == batch
+
+    def start(self, work: Callable[[], object], holds: int | None, in_use: object = None) -> None:
         """Let work begin beside what comes next, after the work before.
 
         Args:
             work: writes or reads the slots.
-            holds: what the slots have after it; ``None`` for nothing that can be used again.
+            holds: the batch whose guests the slots have after it; ``None`` for nothing that can be used again.
             in_use: what must not be freed before `wait`.
         """
         self.wait()
@@ -164,8 +176,8 @@ class GuestSlots:
             self._holds = None
             raise error
 
-    def mark(self, holds: object) -> None:
-        """Say what the slots have now."""
+    def mark(self, holds: int | None) -> None:
+        """Say of which batch the slots have the guests now."""
         self._holds = holds
 
 

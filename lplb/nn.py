@@ -305,16 +305,19 @@ class ExpertParallelMoE(nn.Module):
             A tensor like ``x``.
 
         Raises:
-            TypeError, ValueError: ``x`` is not allowed.
+            TypeError, ValueError: ``x`` is not allowed, has another number of tokens than the route, or the route is of
+                another layer. With transfers also: experts require gradients and none did in `route`; or weights have
+                changed since, and the plan counted on guests of an earlier batch. Raised before anything is sent, but
+                on this rank alone: the others wait for it until the group's time-out.
         """
         if self._lender is not None and torch.compiler.is_compiling():
             return _uncompiled(self.compute, x, route)  # type: ignore[no-any-return]
-        error = self._refusal(x)
+        error = self._refusal(x) or self._misfit(x, route)
         if error is not None:
             if not torch.compiler.is_compiling():
                 raise error
             return x + route.received.sum()  # traced, but not reached: `route` raises, so the graph must hold it
-        lent = None if route.loan is None else self._lend(route.loan)
+        lent = None if route.loan is None else self._lend(route.loan, x)
         row = inverse(route.choice)  # of each choice
         rows = permuted(x.reshape(-1, self.hidden_size), route.choice, row, self.top_k)
         rows, place, back = self._by_slot(all_to_all(rows, route.receive, route.send, self._ranks), route.received)
@@ -342,6 +345,26 @@ class ExpertParallelMoE(nn.Module):
         now = self.placement if self.balancer is None else self.balancer.placement
         if now is not self.placement and now != self.placement:
             return ValueError("the balancer has another placement than the weights of this layer")
+        if self._lender is not None:
+            if self.experts is not self._lender.experts:
+                return ValueError("experts has been replaced, allowed with transfers are those that the layer made")
+            if torch.is_autocast_enabled(self.router.device.type):
+                return ValueError(
+                    "autocast is on, allowed with transfers is off: give the layer the dtype to compute in"
+                )
+        return None
+
+    def _misfit(self, x: Tensor, route: Route) -> Exception | None:
+        """What keeps a route from being carried out for these tokens."""
+        if torch.compiler.is_compiling():  # in one graph with `route`
+            return None
+        n, routed = x.numel() // self.hidden_size, len(route.weight)
+        if n != routed:
+            return ValueError(f"x has {n} tokens, allowed are as many as route was given, {routed}")
+        if self._lender is not None:
+            return self._lender.refusal(route.loan)
+        if route.loan is not None:
+            return ValueError("route is of a layer with transfers, allowed is what this layer's route returned")
         return None
 
     # ---- between ranks
@@ -407,10 +430,10 @@ class ExpertParallelMoE(nn.Module):
 
     # ---- experts
 
-    def _lend(self, loan: Loan) -> Lent:
+    def _lend(self, loan: Loan, x: Tensor) -> Lent:
         """Let guests set out, for a batch whose tokens will."""
         assert self._lender is not None
-        return self._lender.begin(loan, [*self.expert_fields[0], *self.expert_fields[1]])
+        return self._lender.begin(loan, [*self.expert_fields[0], *self.expert_fields[1]], x.requires_grad)
 
     def _by_slot(self, rows: Tensor, received: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows that lie rank by rank, and in each slot by slot, in the order of slots; and the way back."""

@@ -646,7 +646,7 @@ OTHER_LAYERS = {
     ),
     "guests of others": (
         {"used": True},
-        f"rank 2 has guests with {SLOTS} slots, resend True and other layers, allowed",
+        f"rank 2 has guests with {SLOTS} slots, resend True and other layers over group ",
     ),
 }
 
