@@ -1,7 +1,9 @@
 """Guests: experts whose weights come to a rank for one batch, and where they stay."""
 
 import itertools
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,8 @@ class GuestSlots:
     """Room for guests on a rank, shared by any number of layers of the same sizes.
 
     Layers use it one after another, each for one batch. Under a group, the ranks make one for all layers alike, and a
-    thread (on CUDA a stream) brings weights in over a second group of the same ranks, which the first layer makes.
+    thread (on CUDA a stream) brings weights in over a second group of the same ranks, which the first layer makes. When
+    the slots are gone on all ranks, it serves the next ones that are made.
 
     Args:
         slots: guests that a rank can have at once.
@@ -73,6 +76,7 @@ class GuestSlots:
         self._overlap: Overlap | None = None
         self._messages: list[Tensor] = []
         self.forgotten = 0
+        self._at_end: weakref.finalize[..., GuestSlots] | None = None
         self._batches = itertools.count()
         self._holds: int | None = None
         self._in_use: object = None
@@ -99,6 +103,13 @@ class GuestSlots:
         """
         self.forgotten += 1
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GuestSlots":
+        """Once layers use them, copies of these layers do; before, others of the same kind."""
+        if self._overlap is not None:
+            return self
+        sizes = {"hidden_size": self.hidden_size, "ffn_size": self.ffn_size}
+        return GuestSlots(self.slots, **sizes, device=self.device, dtype=self.dtype, resend=self.resend)
+
     # ---- for layers
 
     def connect(self, ranks: Exchange) -> Exchange:
@@ -110,6 +121,9 @@ class GuestSlots:
         if isinstance(ranks, exchange.Distributed):
             self._apart = exchange.Apart(ranks)
             self._overlap = OnStream(self.device) if self.device.type == "cuda" else OnThread()
+            # Work holds this object, so none is under way when it goes. Others have the group when all ranks' are gone.
+            self._at_end = weakref.finalize(self, _give_back, self._apart, self._overlap)
+            self._at_end.atexit = False
             return exchange.Distributed(self._apart.group)
         self._overlap = Inline()
         return ranks
@@ -163,6 +177,7 @@ class GuestSlots:
             self._overlap.start(run)
         except BaseException:
             self._holds = None
+            self._keep_group()
             raise
 
     def wait(self) -> None:
@@ -174,11 +189,24 @@ class GuestSlots:
         error = self._overlap.take_error()
         if error is not None:
             self._holds = None
+            self._keep_group()
             raise error
+
+    def _keep_group(self) -> None:
+        """Give the second group to nobody: after an error work on other ranks may not have come to its end."""
+        if self._at_end is not None:
+            self._at_end.detach()
 
     def mark(self, holds: int | None) -> None:
         """Say of which batch the slots have the guests now."""
         self._holds = holds
+
+
+def _give_back(apart: exchange.Apart, overlap: Overlap) -> None:
+    """Let others use the group, unless the last work failed and nobody waited for it."""
+    overlap.wait()
+    if overlap.take_error() is None:
+        apart.give_back()
 
 
 def check_guests(
@@ -217,9 +245,12 @@ def check_guests(
     theirs = (guests.hidden_size, guests.ffn_size, guests.dtype, str(guests.device))
     if theirs != mine:
         raise ValueError(f"guests has (hidden_size, ffn_size, dtype, device) {theirs}, allowed is the layer's, {mine}")
-    if planner.slots < planner.n_logical and guests.slots != planner.slots:
+    if planner.is_collective:
+        raise ValueError("transfers has a group, allowed is a planner without one: the layer gathers counts")
+    if guests.slots != planner.slots:
         raise ValueError(
-            f"guests has {guests.slots} slots, allowed are as many as transfers plans for, {planner.slots}"
+            f"guests has {guests.slots} slots, allowed are as many as transfers plans for, {planner.slots} (of all "
+            "experts if it was made without slots=)"
         )
     guests.check_group(ranks)
 
