@@ -70,9 +70,8 @@ class ExpertParallelMoE(nn.Module):
     SwiGLU, ``(silu(x @ gate) * (x @ up)) @ down``. No token is dropped.
 
     Under a group the constructor, `forward`, `route`, `compute` and the backward pass are collective: every rank takes
-    part, in the same order, with no token too, and an error on one rank is raised on all, but for what `compute` refuses
-    apart from `route`. When a rank dies, the
-    collectives of the others raise what torch.distributed raises.
+    part, in the same order, with no token too, and an error on one rank is raised on all, but for what `compute` says
+    of its own. When a rank dies, the collectives of the others raise what torch.distributed raises.
 
     The weights lie in the slots of the balancer's placement, or in one slot per expert in order. One slot of every
     expert is its home. There its weights are parameters, ``experts.gate_up.<expert>`` and ``experts.down.<expert>``, so
@@ -274,8 +273,9 @@ class ExpertParallelMoE(nn.Module):
 
         Raises:
             TypeError, ValueError: ``x`` is not allowed, a router score is NaN, the balancer's placement is not the one
-                that the weights are laid out for, with transfers autocast is on or ``experts`` replaced, or ranks differ in dtype or in whether ``x`` needs gradients; on any
-                rank. Nothing has changed then, but that the balancer may have planned.
+                that the weights are laid out for, or ranks differ in dtype or in whether ``x`` needs gradients; with
+                transfers also: autocast is on, or ``experts`` replaced; on any rank. Nothing has changed then, but that
+                the balancer may have planned.
         """
         if self._lender is not None and torch.compiler.is_compiling():
             return _uncompiled(self.forward, x)  # type: ignore[no-any-return]
