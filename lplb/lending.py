@@ -116,6 +116,7 @@ class Lender:
         self._room = checked_fields("guests", guests.fields)
         self._agrees = guests.device.type == "cpu"  # elsewhere an agreement would have the host wait for the device
         self._may_hold = planner.strategy != "llep"  # which keeps no copies
+        self._checked: object = None  # weights that were fit to travel
         self._noted: tuple[Loan, int] | None = None  # and the number of its batch
 
     @property
@@ -160,8 +161,8 @@ class Lender:
         """Choices of every rank by expert; whether experts are trained anywhere; whether guests may stay everywhere."""
         n = self.planner.n_logical
         try:
-            self.mover.check_unchanged()
-        except (TypeError, ValueError) as problem:
+            self._check_weights()
+        except (TypeError, ValueError, RuntimeError) as problem:  # the last of tensors without memory
             error = error or problem
         row = torch.zeros(_FLAGS + n + exchange.WORDS, dtype=torch.int32, device=expert.device)
         if error is None:
@@ -177,6 +178,17 @@ class Lender:
             exchange.raise_together(self._ranks, words_of, error, settings=settings)
         counts = table[:, _FLAGS : _FLAGS + n].contiguous()
         return counts, any(flag[0] for flag in flags), all(flag[1] for flag in flags)
+
+    def _check_weights(self) -> None:
+        """Refuse weights that are unfit to travel; only others than the last time are looked at closely."""
+        leaves = [leaf for field in self.mover.fields.fields for leaf in field]
+        now = [
+            (type(leaf), leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else None
+            for leaf in leaves
+        ]
+        if now != self._checked:
+            self.mover.check_unchanged()
+            self._checked = now
 
     def _still_there(self, loan: Loan, batch: int) -> bool:
         """Whether the slots hold the guests of an earlier batch and weights of this rank are as they were."""
@@ -331,6 +343,7 @@ class Lender:
         """The same for a copy of the layer, which has weights of its own. Local."""
         other = copy.copy(self)
         other.experts, other._number, other._noted = experts, next(_numbers), None
+        other._checked = None
         other.mover = copy.copy(self.mover)
         fields = [experts.leaves("gate_up"), experts.leaves("down")]
         other.mover.fields = checked_fields("params_per_expert", fields)
