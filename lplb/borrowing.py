@@ -122,23 +122,24 @@ class _Lent(torch.autograd.Function):
         return None, *grads
 
 
-def ahead(rows: Tensor, lender: "Lender", loan: "Loan") -> Tensor:
+def ahead(rows: Tensor, lender: "Lender", loan: "Loan", batch: int) -> Tensor:
     """The rows, whose gradients have guests' weights set out."""
-    same: Tensor = _Ahead.apply(rows, lender, loan)  # type: ignore[no-untyped-call, unused-ignore]
+    same: Tensor = _Ahead.apply(rows, lender, loan, batch)  # type: ignore[no-untyped-call, unused-ignore]
     return same
 
 
 class _Ahead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, lender: "Lender", loan: "Loan") -> Tensor:
+    def forward(ctx: Any, rows: Tensor, lender: "Lender", loan: "Loan", batch: int) -> Tensor:
         ctx.lender, ctx.loan = lender, loan
+        ctx.save_for_backward(torch.tensor(batch))
         return rows.view_as(rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.lender.send_again(ctx.loan)
-        return grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.lender.send_again(ctx.loan, int(ctx.saved_tensors[0]))
+        return grad, None, None, None
 
 
 def served(
@@ -146,6 +147,7 @@ def served(
     per_slot: list[int],
     lender: "Lender",
     loan: "Loan",
+    batch: int,
     kept: Sequence[Tensor] | None,
     leaves: Sequence[Tensor],
     grouped: bool,
@@ -157,12 +159,13 @@ def served(
         per_slot: rows of each slot.
         lender: of the layer.
         loan: what it lends for this batch.
+        batch: its number.
         kept: where guests' weights come to and stay until the backward pass; ``None`` where they come to the shared
             slots, and come again for the backward pass.
         leaves: of `lent`, first gate and up, then down.
         grouped: as for `Bank`.
     """
-    out: Tensor = _Served.apply(rows, per_slot, lender, loan, kept, grouped, *leaves)  # type: ignore[no-untyped-call, unused-ignore]
+    out: Tensor = _Served.apply(rows, per_slot, lender, loan, batch, kept, grouped, *leaves)  # type: ignore[no-untyped-call, unused-ignore]
     return out
 
 
@@ -174,6 +177,7 @@ class _Served(torch.autograd.Function):
         per_slot: list[int],
         lender: "Lender",
         loan: "Loan",
+        batch: int,
         kept: Sequence[Tensor] | None,
         grouped: bool,
         *leaves: Tensor,
@@ -185,19 +189,20 @@ class _Served(torch.autograd.Function):
         residents.serve(rows[:n], inner[:n], out[:n])
         lender.guests.wait()
         guests.serve(rows[n:], inner[n:], out[n:])
-        ctx.save_for_backward(rows, inner, *leaves, *(kept or ()))
+        # The number too is a tensor: what is computed again in a checkpointed region is another batch.
+        ctx.save_for_backward(torch.tensor(batch), rows, inner, *leaves, *(kept or ()))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        rows, inner, *weights = ctx.saved_tensors
+        batch, rows, inner, *weights = ctx.saved_tensors
         lender, loan = ctx.lender, ctx.loan
         n_leaves = 2 * lender.n_residents
         leaves, kept = weights[:n_leaves], weights[n_leaves:]
         room = lender.guests.fields
         if not ctx.keeps:
-            lender.send_again(loan)
+            lender.send_again(loan, int(batch))
         grad = grad.contiguous()
         d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         own = lender.gradient_room() if any(ctx.needs_input_grad[-n_leaves:]) else None
@@ -208,8 +213,11 @@ class _Served(torch.autograd.Function):
         guests.differentiate(rows[n:], inner[n:], grad[n:], None if d_rows is None else d_rows[n:], theirs)
         if loan.trained:
             lender.bring_home(loan, own)
+            # `lent` waits for that where its gradients are wanted; that no rank's backward pass ends before it is done,
+            # and that an error in it is raised there, takes this.
+            torch.autograd.Variable._execution_engine.queue_callback(lender.guests.wait)
         grads = [None] * n_leaves if own is None else [*own[0].unbind(), *own[1].unbind()]
-        return d_rows, None, None, None, None, None, *grads
+        return d_rows, None, None, None, None, None, None, *grads
 
 
 def _banks(ctx: Any, leaves: Sequence[Tensor], room: Sequence[Tensor]) -> tuple[Bank, Bank, int]:

@@ -1,6 +1,9 @@
 """Guests: experts whose weights come to a rank for one batch, and where they stay."""
 
+import itertools
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +24,8 @@ class GuestSlots:
     """Room for guests on a rank, shared by any number of layers of the same sizes.
 
     Layers use it one after another, each for one batch. Under a group, the ranks make one for all layers alike, and a
-    thread (on CUDA a stream) brings weights in over a second group of the same ranks, which the first layer makes.
+    thread (on CUDA a stream) brings weights in over a second group of the same ranks, which the first layer makes. When
+    the slots are gone on all ranks, it serves the next ones that are made.
 
     Args:
         slots: guests that a rank can have at once.
@@ -72,7 +76,9 @@ class GuestSlots:
         self._overlap: Overlap | None = None
         self._messages: list[Tensor] = []
         self.forgotten = 0
-        self._holds: object = None
+        self._at_end: weakref.finalize[..., GuestSlots] | None = None
+        self._batches = itertools.count()
+        self._holds: int | None = None
         self._in_use: object = None
 
     def room(self, slots: int, device: torch.device | str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -89,11 +95,20 @@ class GuestSlots:
         return (self.slots + 2) * self.expert_bytes
 
     def forget(self) -> None:
-        """Have the next batch send all its guests, whatever the slots hold; one rank's word is enough.
+        """Have the next batch that is routed send all its guests, whatever the slots hold; one rank's word is enough.
 
-        For changes of weights that torch does not count, such as those of ``parameter.data``.
+        For changes of weights that torch does not count, such as those of ``parameter.data``. A batch that is routed
+        already, and counts on guests of an earlier one, is refused by `ExpertParallelMoE.compute` on the rank that
+        called this.
         """
         self.forgotten += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GuestSlots":
+        """Once layers use them, copies of these layers do; before, others of the same kind."""
+        if self._overlap is not None:
+            return self
+        sizes = {"hidden_size": self.hidden_size, "ffn_size": self.ffn_size}
+        return GuestSlots(self.slots, **sizes, device=self.device, dtype=self.dtype, resend=self.resend)
 
     # ---- for layers
 
@@ -106,6 +121,9 @@ class GuestSlots:
         if isinstance(ranks, exchange.Distributed):
             self._apart = exchange.Apart(ranks)
             self._overlap = OnStream(self.device) if self.device.type == "cuda" else OnThread()
+            # Work holds this object, so none is under way when it goes. Others have the group when all ranks' are gone.
+            self._at_end = weakref.finalize(self, _give_back, self._apart, self._overlap)
+            self._at_end.atexit = False
             return exchange.Distributed(self._apart.group)
         self._overlap = Inline()
         return ranks
@@ -113,7 +131,11 @@ class GuestSlots:
     @property
     def settings(self) -> str:
         """In what ranks must not differ, in words."""
-        users = "no layer" if self._overlap is None else "other layers"
+        users = "no layer"
+        if self._overlap is not None:
+            users = "other layers"
+            if self._apart is not None:  # whose group has the same name on all ranks
+                users += f" over group {exchange.group_name(exchange.Distributed(self._apart.group))!r}"
         return f"guests with {self.slots} slots, resend {self.resend} and {users}"
 
     def check_group(self, ranks: Exchange) -> None:
@@ -128,16 +150,20 @@ class GuestSlots:
             self._messages = [mover.link.buffer(mover.fields.layout) for _ in range(2)]
         return self._messages
 
-    def holds(self, key: object) -> bool:
-        """Whether the slots have the guests of this key, or will when work under way is done."""
-        return key is not None and self._holds == key
+    def next_batch(self) -> int:
+        """A number for a batch, of whatever layer. Ranks call this alike, so they count alike."""
+        return next(self._batches)
 
-    def start(self, work: Callable[[], object], holds: object, in_use: object = None) -> None:
+    def holds(self, batch: int) -> bool:
+        """Whether the slots have the guests of this batch, or will when work under way is done."""
+        return self._holds == batch
+
+    def start(self, work: Callable[[], object], holds: int | None, in_use: object = None) -> None:
         """Let work begin beside what comes next, after the work before.
 
         Args:
             work: writes or reads the slots.
-            holds: what the slots have after it; ``None`` for nothing that can be used again.
+            holds: the batch whose guests the slots have after it; ``None`` for nothing that can be used again.
             in_use: what must not be freed before `wait`.
         """
         self.wait()
@@ -151,6 +177,7 @@ class GuestSlots:
             self._overlap.start(run)
         except BaseException:
             self._holds = None
+            self._keep_group()
             raise
 
     def wait(self) -> None:
@@ -162,11 +189,24 @@ class GuestSlots:
         error = self._overlap.take_error()
         if error is not None:
             self._holds = None
+            self._keep_group()
             raise error
 
-    def mark(self, holds: object) -> None:
-        """Say what the slots have now."""
+    def _keep_group(self) -> None:
+        """Give the second group to nobody: after an error work on other ranks may not have come to its end."""
+        if self._at_end is not None:
+            self._at_end.detach()
+
+    def mark(self, holds: int | None) -> None:
+        """Say of which batch the slots have the guests now."""
         self._holds = holds
+
+
+def _give_back(apart: exchange.Apart, overlap: Overlap) -> None:
+    """Let others use the group, unless the last work failed and nobody waited for it."""
+    overlap.wait()
+    if overlap.take_error() is None:
+        apart.give_back()
 
 
 def check_guests(
@@ -205,9 +245,12 @@ def check_guests(
     theirs = (guests.hidden_size, guests.ffn_size, guests.dtype, str(guests.device))
     if theirs != mine:
         raise ValueError(f"guests has (hidden_size, ffn_size, dtype, device) {theirs}, allowed is the layer's, {mine}")
-    if planner.slots < planner.n_logical and guests.slots != planner.slots:
+    if planner.is_collective:
+        raise ValueError("transfers has a group, allowed is a planner without one: the layer gathers counts")
+    if guests.slots != planner.slots:
         raise ValueError(
-            f"guests has {guests.slots} slots, allowed are as many as transfers plans for, {planner.slots}"
+            f"guests has {guests.slots} slots, allowed are as many as transfers plans for, {planner.slots} (of all "
+            "experts if it was made without slots=)"
         )
     guests.check_group(ranks)
 

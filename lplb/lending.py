@@ -27,6 +27,7 @@ from lplb.exchange import Exchange
 from lplb.guests import GuestSlots
 from lplb.slots import SlotWeights
 from lplb.transfers import TransferPlan, TransferPlanner
+from lplb.transfers.plan import LEAST
 from lplb.weights.early import Part
 from lplb.weights.mover import Job, WeightMover
 from lplb.weights.moves import Hop, Move, rounds_of
@@ -43,22 +44,22 @@ _FLAGS = 2
 class Loan:
     """The guests of one batch of one layer, on all ranks."""
 
-    key: tuple[int, int, int]
-    """The layer's number and the plan's fingerprint."""
+    layer: int
+    """The layer's number in this process."""
     plan: TransferPlan
     """Who serves how many tokens of which expert."""
     new: tuple[Move, ...]
     """Guests that come for this batch."""
     all: tuple[Move, ...]
     """These, and those that were there before, as if they came from home."""
-    before: object
-    """Key of what the slots must hold so that `new` are enough."""
+    before: int | None
+    """The batch whose guests the slots must hold so that `new` are enough."""
     back: tuple[Move, ...]
     """From guest slots to the homes of their experts."""
-    needs_gradients: bool
-    """Whether there will be a backward pass."""
+    marks: object
+    """Of this rank's weights when the batch was planned; ``None`` where they do not matter."""
     trained: bool
-    """Whether it has gradients for experts, of any rank."""
+    """Whether experts of any rank are trained, whatever the grad mode was."""
     n_guests: int
     """Guest slots in use on this rank, up to the last."""
     rank: int
@@ -102,7 +103,7 @@ class Lender:
         self.n_residents = len(experts.experts)
         self._home: list[tuple[int, int]] = [divmod(slot, self.n_residents) for slot in home.tolist()]
         self._number = next(_numbers)
-        self._experts = experts
+        self.experts = experts
         with exchange.turn(ranks):
             exchange.drain(ranks)
             settings = guests.settings
@@ -115,7 +116,8 @@ class Lender:
         self._room = checked_fields("guests", guests.fields)
         self._agrees = guests.device.type == "cpu"  # elsewhere an agreement would have the host wait for the device
         self._may_hold = planner.strategy != "llep"  # which keeps no copies
-        self._noted: tuple[Loan, object] | None = None
+        self._checked: object = None  # weights that were fit to travel
+        self._noted: tuple[Loan, int] | None = None  # and the number of its batch
 
     @property
     def n_slots(self) -> int:
@@ -140,36 +142,32 @@ class Lender:
             find out whether they have the same plan, settings and what is wrong with it.
         """
         differentiated = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
-        trained = torch.is_grad_enabled() and self._experts.trained
+        lasting = not differentiated and not (torch.is_grad_enabled() and self.experts.trained)
         settings += f"{' (in x)' * differentiated} and transfers"
-        counts, any_trained, stay = self._counts_of_all(expert.flatten(), settings, error, differentiated, trained)
+        counts, trained, stay = self._counts_of_all(expert.flatten(), settings, error, lasting)
         try:
-            before = self._noted[0] if stay and self._noted is not None else None
+            before, batch = self._noted if stay and self._noted is not None else (None, None)
             plan = self.planner.plan(counts) if before is None else self.planner.plan(counts, held=before.plan.guests)
-            loan = self._loan(plan, before, differentiated or any_trained, any_trained)
+            loan = self._loan(plan, batch, self._marks() if lasting else None, trained)
             slot = plan.route(expert, self._ranks.rank)
         except (TypeError, ValueError) as problem:
             return torch.full_like(expert, -1), None, settings, problem
-        return slot, loan, f"{settings} by the plan {loan.key[1]:08x}{loan.key[2]:08x}", None
+        name = "".join(f"{word:08x}" for word in plan.fingerprint())
+        return slot, loan, f"{settings} by the plan {name}", None
 
     def _counts_of_all(
-        self, expert: Tensor, settings: str, error: Exception | None, differentiated: bool, trained: bool
+        self, expert: Tensor, settings: str, error: Exception | None, lasting: bool
     ) -> tuple[Tensor, bool, bool]:
         """Choices of every rank by expert; whether experts are trained anywhere; whether guests may stay everywhere."""
         n = self.planner.n_logical
         try:
-            self.mover.check_unchanged()
-        except (TypeError, ValueError) as problem:
+            self._check_weights()
+        except (TypeError, ValueError, RuntimeError) as problem:  # the last of tensors without memory
             error = error or problem
         row = torch.zeros(_FLAGS + n + exchange.WORDS, dtype=torch.int32, device=expert.device)
         if error is None:
-            stay = (
-                self._may_hold
-                and not (differentiated or trained)
-                and self._noted is not None
-                and self._still_there(*self._noted)
-            )
-            row[:_FLAGS] = row.new_tensor([trained, stay])
+            stay = self._may_hold and lasting and self._noted is not None and self._still_there(*self._noted)
+            row[:_FLAGS] = row.new_tensor([self.experts.trained, stay])
             row[_FLAGS : _FLAGS + n].scatter_add_(0, expert, torch.ones_like(expert, dtype=torch.int32))
         words = [exchange.error_word(error), exchange.LAYER, *exchange.fingerprint("transfers", settings)]
         row[-exchange.WORDS :] = row.new_tensor(words)
@@ -181,9 +179,20 @@ class Lender:
         counts = table[:, _FLAGS : _FLAGS + n].contiguous()
         return counts, any(flag[0] for flag in flags), all(flag[1] for flag in flags)
 
-    def _still_there(self, loan: Loan, marks: object) -> bool:
+    def _check_weights(self) -> None:
+        """Refuse weights that are unfit to travel; only others than the last time are looked at closely."""
+        leaves = [leaf for field in self.mover.fields.fields for leaf in field]
+        now = [
+            (type(leaf), leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else None
+            for leaf in leaves
+        ]
+        if now != self._checked:
+            self.mover.check_unchanged()
+            self._checked = now
+
+    def _still_there(self, loan: Loan, batch: int) -> bool:
         """Whether the slots hold the guests of an earlier batch and weights of this rank are as they were."""
-        return self.guests.holds(loan.key) and marks is not None and self._marks() == marks
+        return self.guests.holds(batch) and loan.marks is not None and self._marks() == loan.marks
 
     def _marks(self) -> list[tuple[int, int]] | None:
         """What changes with weights of this rank; ``None`` where torch does not count their changes."""
@@ -193,7 +202,7 @@ class Lender:
         written = self.guests.forgotten, sum(rows._version for rows in self.stacked())
         return [written, *((leaf._version, leaf.data_ptr()) for leaf in leaves)]
 
-    def _loan(self, plan: TransferPlan, before: Loan | None, needs_gradients: bool, trained: bool) -> Loan:
+    def _loan(self, plan: TransferPlan, before: int | None, marks: object, trained: bool) -> Loan:
         """The plan as this layer carries it out.
 
         Raises:
@@ -201,7 +210,7 @@ class Lender:
         """
         most, allowed = plan.max_load, self.planner.max_tokens
         if allowed is not None and most > allowed:
-            least = int(plan.numbers[5])
+            least = int(plan.numbers[LEAST])
             raise ValueError(
                 f"rank {int(plan.rank_load.argmax())} would receive {most} tokens by the plan, allowed is max_tokens = "
                 f"{allowed}; no plan for this batch has fewer than {least} on its busiest rank"
@@ -223,13 +232,13 @@ class Lender:
         ]
         every = (*new, *there)
         return Loan(
-            (self._number, *plan.fingerprint()),
+            self._number,
             plan,
             new,
             every,
-            None if before is None else before.key,
+            before,
             tuple(self._back(move) for move in every),
-            needs_gradients,
+            marks,
             trained,
             used[self._ranks.rank],
             self._ranks.rank,
@@ -240,41 +249,67 @@ class Lender:
 
     # ---- during the batch
 
-    def begin(self, loan: Loan, leaves: Sequence[Tensor]) -> "Lent":
-        """Let guests' weights set out. Collective, but nothing waits here.
+    def refusal(self, loan: Loan | None) -> Exception | None:
+        """What is wrong with a loan before anything sets out. Local: ranks that did the same have the same."""
+        if loan is None or loan.layer != self._number:
+            return ValueError("route is of another layer, allowed is what this layer's route returned")
+        if torch.is_grad_enabled() and self.experts.trained and not loan.trained:
+            return ValueError(
+                "experts require gradients in compute, and no rank's did in route: allowed is the same in both"
+            )
+        if self._are_there(loan) and self._marks() != loan.marks:
+            return ValueError(
+                "weights have changed since route, which counted on guests of an earlier batch: allowed is a route "
+                "after the change"
+            )
+        return None
+
+    def begin(self, loan: Loan, leaves: Sequence[Tensor], of_x: bool) -> "Lent":
+        """Let guests' weights set out, after what is under way. Collective.
 
         Args:
-            loan: of the batch.
+            loan: of the batch, not refused.
             leaves: weights of own slots, first gate and up, then down.
+            of_x: whether tokens require gradients.
         """
+        batch = self.guests.next_batch()
+        lasting = not (torch.is_grad_enabled() and (of_x or loan.trained))
         kept = None
-        if loan.needs_gradients and not self.guests.resend:
+        if not lasting and not self.guests.resend:
             kept = self.guests.room(loan.n_guests, self.guests.device, self.guests.dtype)
-            self._start(loan.rounds_of_all, Fields(kept, loan.n_guests, self._room.layout, self._room.device), None)
+            self._start(loan.rounds_of_all, Fields(kept, loan.n_guests, self._room.layout, self._room.device), batch)
         else:
-            there = loan.before is not None and self.guests.holds(loan.before)
-            self._start(loan.rounds_of_new if there else loan.rounds_of_all, self._room, loan.key)
-            self._noted = None if loan.needs_gradients else (loan, self._marks())
-        return Lent(self, loan, kept, borrowing.lent(self, leaves))
+            # Weights that have changed since the route may change back to the same marks; what is sent now does not.
+            same = lasting and loan.marks is not None and self._marks() == loan.marks
+            self._start(loan.rounds_of_new if self._are_there(loan) else loan.rounds_of_all, self._room, batch)
+            self._noted = (loan, batch) if same else None
+        return Lent(self, loan, batch, kept, borrowing.lent(self, leaves))
 
-    def send_again(self, loan: Loan) -> None:
-        """Let guests' weights set out for the backward pass, unless the slots have them still. Collective likewise."""
-        if self.guests.resend and not self.guests.holds(loan.key):
-            self._start(loan.rounds_of_all, self._room, loan.key)
+    def _are_there(self, loan: Loan) -> bool:
+        """Whether the slots have the guests that the plan counted on; on all ranks or on none."""
+        return loan.before is not None and self.guests.holds(loan.before)
 
-    def _start(self, rounds: list[list[Hop]], target: Fields, key: object) -> None:
+    def send_again(self, loan: Loan, batch: int) -> None:
+        """Let guests' weights set out for the backward pass, after what is under way. Collective.
+
+        Not if the slots have them still from this very batch, nor if the batch keeps them.
+        """
+        if self.guests.resend and not self.guests.holds(batch):
+            self._start(loan.rounds_of_all, self._room, batch)
+
+    def _start(self, rounds: list[list[Hop]], target: Fields, batch: int) -> None:
         if not rounds:
             self.guests.wait()
             if target is self._room:
-                self.guests.mark(key)
+                self.guests.mark(batch)
             return
         job, buffers = Job(rounds, target, (0, 0)), self._buffers
-        holds = key if target is self._room else None
+        holds = batch if target is self._room else None
         self.guests.start(lambda: self.mover.carry_out(job, buffers, agree=self._agrees), holds, target)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """Weights of own slots as tensors ``[slots, ...]``, without gradients."""
-        return self._experts.rows("gate_up"), self._experts.rows("down")
+        return self.experts.rows("gate_up"), self.experts.rows("down")
 
     # ---- gradients
 
@@ -290,7 +325,10 @@ class Lender:
         return gate_up[: loan.n_guests], down[: loan.n_guests]
 
     def bring_home(self, loan: Loan, own: tuple[Tensor, Tensor] | None) -> None:
-        """Let guests' gradients go home, and be added to those of own slots. Collective, but nothing waits here."""
+        """Let guests' gradients go home, and be added to those of own slots, after what is under way. Collective.
+
+        The gradients of own slots are complete after `GuestSlots.wait`.
+        """
         if not loan.back:
             return
 
@@ -304,7 +342,8 @@ class Lender:
     def for_copy(self, experts: SlotWeights) -> "Lender":
         """The same for a copy of the layer, which has weights of its own. Local."""
         other = copy.copy(self)
-        other._experts, other._number, other._noted = experts, next(_numbers), None
+        other.experts, other._number, other._noted = experts, next(_numbers), None
+        other._checked = None
         other.mover = copy.copy(self.mover)
         fields = [experts.leaves("gate_up"), experts.leaves("down")]
         other.mover.fields = checked_fields("params_per_expert", fields)
@@ -329,6 +368,8 @@ class Lent(NamedTuple):
     """Of the layer."""
     loan: Loan
     """What is lent."""
+    batch: int
+    """Its number among all batches of the guest slots."""
     kept: tuple[Tensor, Tensor] | None
     """Where guests come to; ``None`` for the shared slots."""
     leaves: tuple[Tensor, ...]
@@ -336,8 +377,8 @@ class Lent(NamedTuple):
 
     def serve(self, rows: Tensor, per_slot: list[int], grouped: bool) -> Tensor:
         """What own experts and guests make of rows that lie slot by slot, once guests are there. Collective."""
-        return borrowing.served(rows, per_slot, self.lender, self.loan, self.kept, self.leaves, grouped)
+        return borrowing.served(rows, per_slot, self.lender, self.loan, self.batch, self.kept, self.leaves, grouped)
 
     def ahead(self, rows: Tensor) -> Tensor:
         """The rows that came back; their gradients let guests set out again."""
-        return borrowing.ahead(rows, self.lender, self.loan)
+        return borrowing.ahead(rows, self.lender, self.loan, self.batch)

@@ -70,8 +70,8 @@ class ExpertParallelMoE(nn.Module):
     SwiGLU, ``(silu(x @ gate) * (x @ up)) @ down``. No token is dropped.
 
     Under a group the constructor, `forward`, `route`, `compute` and the backward pass are collective: every rank takes
-    part, in the same order, with no token too, and an error on one rank is raised on all. When a rank dies, the
-    collectives of the others raise what torch.distributed raises.
+    part, in the same order, with no token too, and an error on one rank is raised on all, but for what `compute` says
+    of its own. When a rank dies, the collectives of the others raise what torch.distributed raises.
 
     The weights lie in the slots of the balancer's placement, or in one slot per expert in order. One slot of every
     expert is its home. There its weights are parameters, ``experts.gate_up.<expert>`` and ``experts.down.<expert>``, so
@@ -84,7 +84,10 @@ class ExpertParallelMoE(nn.Module):
     With ``transfers`` every batch is planned from the counts of all ranks, and experts travel to other ranks for that
     batch where it takes them: see `lplb.lending`. What a token gets does not change. After a backward pass an expert's
     gradient at home has those of its guests added, in the order of ranks and in float32 at least. Forward and backward
-    passes of all layers that share guest slots come in one order on all ranks.
+    passes of all layers that share guest slots come in one order on all ranks. ``experts`` stays the module that it is,
+    autocast is refused, and a gradient cannot be differentiated again: a double backward pass raises RuntimeError. On
+    CUDA a fault of one rank's copies while weights or gradients travel is raised on that rank alone: an agreement would
+    have the host wait for the device.
 
     Weights are drawn uniformly within 1 / sqrt(fan-in) from the device's default generator, for all experts in order on
     every rank: ranks that start from the same seed hold the parts of one model, the same for any number of ranks.
@@ -103,13 +106,14 @@ class ExpertParallelMoE(nn.Module):
         balancer: a planner of the same ranks for ``n_experts``, or ``None``: then rank ``r`` has the ``r``-th part of
             the experts, in order.
         lag: 1 lets the balancer plan beside the experts, for the next batch: see `Planner.run`. What goes wrong in its
-            exchange is then raised by the next `forward`.
+            exchange is then raised by the next `forward`. With transfers it is 0.
         device: where weights and tokens are; by default torch's default device.
         dtype: of weights and tokens, float16, bfloat16, float32 or float64; by default torch's default dtype.
         transfers: instead of a balancer, a planner of transfers without a group, for the same experts and ranks and
             with as many residents on every rank. No rank receives more rows than its ``max_tokens``, if that is not
             ``None``: a batch that needs more is refused on all ranks before anything travels. See `tokens_within`.
-        guests: where experts stay that come for a batch; with transfers only, and shared by any number of layers.
+        guests: where experts stay that come for a batch, as many slots as the planner has; with transfers only, and
+            shared by any number of layers, on all ranks by the same.
 
     Raises:
         TypeError, ValueError: an argument is not allowed, on any rank, or differs from rank to rank.
@@ -152,6 +156,8 @@ class ExpertParallelMoE(nn.Module):
             with torch.inference_mode(False):
                 router = torch.empty(self.n_experts, self.hidden_size, device=device, dtype=checked_dtype(dtype))
             check_balancer(balancer, self._ranks, self.n_experts, router.device, transfers)
+            if self.lag and transfers is not None:
+                raise ValueError(f"lag is {self.lag}, allowed with transfers is 0")
             if transfers is not None or guests is not None:
                 check_guests(transfers, guests, self.n_experts, self._ranks, (self.hidden_size, self.ffn_size), router)
             self.router = nn.Parameter(router)
@@ -267,8 +273,9 @@ class ExpertParallelMoE(nn.Module):
 
         Raises:
             TypeError, ValueError: ``x`` is not allowed, a router score is NaN, the balancer's placement is not the one
-                that the weights are laid out for, or ranks differ in dtype or in whether ``x`` needs gradients; on any
-                rank. Nothing has changed then, but that the balancer may have planned.
+                that the weights are laid out for, or ranks differ in dtype or in whether ``x`` needs gradients; with
+                transfers also: autocast is on, or ``experts`` replaced; on any rank. Nothing has changed then, but that
+                the balancer may have planned.
         """
         if self._lender is not None and torch.compiler.is_compiling():
             return _uncompiled(self.forward, x)  # type: ignore[no-any-return]
@@ -305,16 +312,19 @@ class ExpertParallelMoE(nn.Module):
             A tensor like ``x``.
 
         Raises:
-            TypeError, ValueError: ``x`` is not allowed.
+            TypeError, ValueError: ``x`` is not allowed, has another number of tokens than the route, or the route is of
+                another layer. With transfers also: experts require gradients and none did in `route`; or weights have
+                changed since, and the plan counted on guests of an earlier batch. Raised before anything is sent, but
+                on this rank alone: the others wait for it until the group's time-out.
         """
         if self._lender is not None and torch.compiler.is_compiling():
             return _uncompiled(self.compute, x, route)  # type: ignore[no-any-return]
-        error = self._refusal(x)
+        error = self._refusal(x) or self._misfit(x, route)
         if error is not None:
             if not torch.compiler.is_compiling():
                 raise error
             return x + route.received.sum()  # traced, but not reached: `route` raises, so the graph must hold it
-        lent = None if route.loan is None else self._lend(route.loan)
+        lent = None if route.loan is None else self._lend(route.loan, x)
         row = inverse(route.choice)  # of each choice
         rows = permuted(x.reshape(-1, self.hidden_size), route.choice, row, self.top_k)
         rows, place, back = self._by_slot(all_to_all(rows, route.receive, route.send, self._ranks), route.received)
@@ -342,6 +352,26 @@ class ExpertParallelMoE(nn.Module):
         now = self.placement if self.balancer is None else self.balancer.placement
         if now is not self.placement and now != self.placement:
             return ValueError("the balancer has another placement than the weights of this layer")
+        if self._lender is not None:
+            if self.experts is not self._lender.experts:
+                return ValueError("experts has been replaced, allowed with transfers are those that the layer made")
+            if torch.is_autocast_enabled(self.router.device.type):
+                return ValueError(
+                    "autocast is on, allowed with transfers is off: give the layer the dtype to compute in"
+                )
+        return None
+
+    def _misfit(self, x: Tensor, route: Route) -> Exception | None:
+        """What keeps a route from being carried out for these tokens."""
+        if torch.compiler.is_compiling():  # in one graph with `route`
+            return None
+        n, routed = x.numel() // self.hidden_size, len(route.weight)
+        if n != routed:
+            return ValueError(f"x has {n} tokens, allowed are as many as route was given, {routed}")
+        if self._lender is not None:
+            return self._lender.refusal(route.loan)
+        if route.loan is not None:
+            return ValueError("route is of a layer with transfers, allowed is what this layer's route returned")
         return None
 
     # ---- between ranks
@@ -407,10 +437,10 @@ class ExpertParallelMoE(nn.Module):
 
     # ---- experts
 
-    def _lend(self, loan: Loan) -> Lent:
+    def _lend(self, loan: Loan, x: Tensor) -> Lent:
         """Let guests set out, for a batch whose tokens will."""
         assert self._lender is not None
-        return self._lender.begin(loan, [*self.expert_fields[0], *self.expert_fields[1]])
+        return self._lender.begin(loan, [*self.expert_fields[0], *self.expert_fields[1]], x.requires_grad)
 
     def _by_slot(self, rows: Tensor, received: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows that lie rank by rank, and in each slot by slot, in the order of slots; and the way back."""

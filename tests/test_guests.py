@@ -455,6 +455,8 @@ def test_gradients_that_are_needed(name, four):
 
 # Gradients come home in the order of ranks
 
+ORDERED = [2.0**30, 1.0, -(2.0**30), 1.0]
+
 
 def run_sums(rank):
     """Guests of every rank go to experts of ranks 1 and 2; what has come home, and what every rank had."""
@@ -463,6 +465,9 @@ def run_sums(rank):
     shapes = ((3, 4), (5,))
     guests = [torch.randn(2, *shape, generator=draw).bfloat16() for shape in shapes]
     own = [torch.randn(2, *shape, generator=draw).bfloat16() for shape in shapes]
+    for fields in (guests, own):  # in float32 only one order of ranks has this sum: 1 + 2^30 is 2^30
+        for field in fields:
+            field[:, 0] = ORDERED[rank]
     before = [field.clone() for field in own]
     carrier = WeightMover([torch.zeros(2, *shape, dtype=torch.bfloat16) for shape in shapes], dist.group.WORLD)
     buffers = [carrier.link.buffer(carrier.fields.layout) for _ in range(2)]
@@ -480,6 +485,7 @@ def test_sums_are_in_the_order_of_ranks_and_rounded_once(four):
                 total += part.float()
             got = sums[home][2][field][slot]
             frozen = home == 1 and field == 1
+            assert float(total.flatten()[0]) == 1.0
             assert torch.equal(got, sums[home][1][field][slot] if frozen else total.bfloat16())
     for rank, (_, before, own) in enumerate(sums):  # nothing else was touched
         for slot in range(2):
@@ -646,7 +652,7 @@ OTHER_LAYERS = {
     ),
     "guests of others": (
         {"used": True},
-        f"rank 2 has guests with {SLOTS} slots, resend True and other layers, allowed",
+        f"rank 2 has guests with {SLOTS} slots, resend True and other layers over group ",
     ),
 }
 

@@ -161,6 +161,11 @@ class TransferPlanner:
 
         exchange.together(self._exchange, build, print_of, _OTHER_SETTINGS)
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether the planner has a group, so that all its ranks plan together."""
+        return not self._alone
+
     # ---- construction
 
     def _set_device(self, device: torch.device | str) -> None:
