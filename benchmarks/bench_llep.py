@@ -252,21 +252,21 @@ def bench_time() -> list[Row]:
             of_program, of_lists = (100 * took[name] / took[peer] for peer in ("program", "lists"))
             beside = f"{took[name]:.1f} of {took['program']:.0f} µs"
             rows += [
-                Row(f"{what}, {name}", took[name], "µs", 150 if n_ranks == 8 else 500, "<=", "one thread, whole call"),
+                Row(f"{what}, {name}", took[name], "µs", None, "", "one thread, whole call"),
                 Row(
                     f"{what}, {name}: of a plain Python LLA that reads counts one by one, as LLEP's program does",
                     of_program,
                     "%",
-                    10,
-                    "<=",
+                    None,
+                    "",
                     beside,
                 ),
                 Row(
                     f"{what}, {name}: of a plain Python LLA that reads them at once",
                     of_lists,
                     "%",
-                    None,
-                    "",
+                    10,
+                    "<=",
                     f"{took[name]:.1f} of {took['lists']:.0f} µs",
                 ),
             ]
