@@ -303,7 +303,8 @@ class Joint : PresentCopies<kWords, Warp> {
     for (int start = 0; start < (p_.of_domains.shared && p_.n_domains() > 1 ? 4 : g_.shared ? 2 : 1); ++start) {
       by_domain_ = start >= 2;
       const int over = relieve_to(cap, start % 2 != 0, by_domain_);  // each of them takes a transfer at least
-      for (int order = 0; order < 2 && over < best; ++order) {
+      const int n_orders = over > 1 ? 2 : 1;
+      for (int order = 0; order < n_orders && over < best; ++order) {
         const int n = spill(cap, order == 0 ? kSmallestFirst : kLargestFirst, best - 1);
         if (n >= best) continue;
         best = n;
