@@ -5,7 +5,8 @@
 //        all tokens start at home, and leave ranks above the cap along shortest paths. Nothing travels for it.
 //     3. What is still above the cap spills: of a rank the expert with most tokens goes, to the rank whose room is the
 //        tightest that fits, or the largest where none fits. Every guest so ends an excess, a room or an expert, and
-//        one that ends two of them saves a transfer.
+//        one that ends two of them saves a transfer. Where slots are tight, a rank without room takes a guest and
+//        passes as many tokens on, over guests that relieve it already.
 //
 // The fewest transfers are a packing problem, NP-hard; step 3 runs in several orders and keeps the best. Where slots,
 // or transfers, are too few for the cap, bisection finds the least cap that they suffice for.

@@ -6,8 +6,7 @@
 namespace lplb {
 inline namespace LPLB_ISA {
 
-// The member's f(i) of the least value, and of those the first i: the index, n where none is `wanted`. Values are not
-// negative, and below 2^62.
+// The first of the i < n with the least value; n where there is none. A negative value keeps an i out.
 template <class Warp, class F>
 LPLB_HD inline int first_least(Warp& warp, int n, F value) {
   constexpr int64_t kNone = INT64_MAX;
