@@ -180,6 +180,8 @@ class ExpertParallelMoE(nn.Module):
         if transfers is not None and guests is not None:
             self._lender = Lender(transfers, guests, self.experts, self.home, self._ranks)
         self._handle = _handle_of(self)
+        if self._lender is not None:
+            _stay_uncompiled()
 
     # ---- weights
 
@@ -512,6 +514,8 @@ class ExpertParallelMoE(nn.Module):
         """A copy is another layer to compiled code."""
         super().__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
         self._handle = _handle_of(self)
+        if self._lender is not None:
+            _stay_uncompiled()
 
 
 def _gradients(x: object, experts: SlotWeights) -> str:
@@ -528,7 +532,14 @@ def _as_it_is(method: Callable[..., Any], *given: object) -> Any:
     return method(*given)
 
 
-_uncompiled: Callable[..., Any] = torch.compiler.disable(_as_it_is)  # type: ignore[no-untyped-call, unused-ignore]
+_uncompiled: Callable[..., Any] = _as_it_is
+
+
+def _stay_uncompiled() -> None:
+    """Have `_uncompiled` break the graph. Not on import: it takes as long as torch itself."""
+    global _uncompiled
+    if _uncompiled is _as_it_is:
+        _uncompiled = torch.compiler.disable(_as_it_is)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 # ---- the exchange of split sizes as an operator, for torch.compile; a graph holds the layer's number, not the layer
